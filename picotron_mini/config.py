@@ -1,0 +1,341 @@
+"""Every setting of a run, as frozen dataclasses, checked once before a process is started.
+
+A run is four small groups of settings and a mesh:
+
+    RunConfig = name + mesh (pp x dp x tp ranks) + ModelConfig + DataConfig + TrainConfig
+
+`resolve` fills what was left open (the number of micro-batches, the device) and `problems` is the one
+written predicate that says whether a layout is legal for a model: an empty list means legal. Everything
+that could be misconfigured is refused here, in words, and not as a traceback of rank 3 after a minute.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+AXES = ("pp", "dp", "tp")  # slowest to fastest varying over the ranks; see mesh.py
+
+Dtype = Literal["float64", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class UserError(Exception):
+    """A mistake of the caller, told in one message that names the value and what would work."""
+
+
+class ConfigError(UserError):
+    """A setting, or a combination of settings, that cannot run."""
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """How many ranks each axis has. `pp * dp * tp` is the world size."""
+
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    @classmethod
+    def parse(cls, text: str) -> MeshShape:
+        """Read `"dp=2,tp=2,pp=2"`; an axis that is not named has size 1, and `"1"` or `""` is one rank.
+
+        Raises:
+            ConfigError: an unknown axis, an axis named twice, or a size that is not a positive integer.
+        """
+        sizes: dict[str, int] = {}
+        for part in [p.strip() for p in text.split(",") if p.strip() not in ("", "1")]:
+            match = re.fullmatch(r"([a-z]+)\s*=\s*(\d+)", part)
+            if not match:
+                raise ConfigError(f"layout {text!r}: {part!r} is not AXIS=SIZE; write for example dp=2,tp=2")
+            axis, size = match[1], int(match[2])
+            if axis not in AXES:
+                raise ConfigError(f"layout {text!r}: unknown axis {axis!r}; the axes are {', '.join(AXES)}")
+            if axis in sizes:
+                raise ConfigError(f"layout {text!r}: axis {axis!r} is named twice")
+            if size < 1:
+                raise ConfigError(f"layout {text!r}: {axis}={size} must be at least 1")
+            sizes[axis] = size
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        named = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "tp", "pp") if getattr(self, axis) > 1]
+        return ",".join(named) or "dp=1"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary frequencies (arXiv 2407.21783, as `rope_type: llama3` of Hugging Face)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-style decoder. Defaults are the laptop's model, 0.8 million parameters."""
+
+    vocab_size: int = 0  # 0: as many as the tokenizer has
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2  # fewer than num_heads: grouped-query attention
+    head_dim: int = 0  # 0: hidden_size // num_heads
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    qk_norm: bool = False  # RMSNorm on queries and keys, as Qwen3 has it
+    max_position: int = 8192  # written to the Hugging Face config; rotary positions have no limit of their own
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    text: tuple[str, ...] = ()  # files or folders; empty: the documentation and source of CPython
+    tokenizer: str = "bytes"  # "bytes", "bpe" (trained on the text, better), or the path of a tokenizer.json
+    tokenizer_size: int = 2048  # entries of the trained BPE
+    val_fraction: float = 0.05  # share of documents held out
+
+    @property
+    def expected_vocab_size(self) -> int:
+        """Entries of the tokenizer before the text was read: exact for bytes, else what was asked for.
+
+        Raises:
+            ConfigError: the tokenizer is a file, which only a training run reads.
+        """
+        if self.tokenizer not in ("bytes", "bpe"):
+            raise ConfigError(f"the entries of {self.tokenizer!r} are not known here; give --vocab-size")
+        return 257 if self.tokenizer == "bytes" else self.tokenizer_size
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The work of one run. Sizes are in sequences; a step's tokens are batch_size * seq_len."""
+
+    steps: int = 300
+    seq_len: int = 256
+    batch_size: int = 0  # sequences a step over all ranks; 0: micro_batch_size * micro_batches * dp
+    micro_batch_size: int = 0  # sequences a rank works on at once; 0: from the other two
+    micro_batches: int = 0  # micro-batches a step on each rank; 0: from the other two
+    schedule: Literal["1f1b", "afab"] = "1f1b"  # order of the micro-batches in a pipeline
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0  # 0: do not clip
+    freeze: tuple[str, ...] = ()  # parameters that stay as they are, by how their names begin, as embed or layers.0
+    bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB
+    eval_every: int = 100  # steps between validations; 0: only at the end
+    eval_batches: int = 8
+    seed: int = 0
+    dtype: Dtype = "float32"  # of the compute; weights below float32 keep float32 masters
+    device: Device = "auto"  # auto: cuda if there is one, else cpu
+    compile: bool = False  # torch.compile on each block
+    document_mask: bool = False  # a token attends inside its own document only
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of one run, as `picotron-mini train --help` lists it."""
+
+    layout: str = "auto"  # ranks on each axis, as dp=2,tp=2,pp=2; auto: dp over all GPUs, else dp=2,tp=2 on the CPU
+    name: str = ""  # of the run's folder; empty: made from the date
+    out: str = "runs"  # the folder that holds the run folders
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def mesh(self) -> MeshShape:
+        """The ranks on each axis; the layout must not be "auto" any more (see `resolve`)."""
+        return MeshShape.parse(self.layout)
+
+
+def _nearest(value: int, ok: list[int]) -> str:
+    return " or ".join(str(v) for v in sorted(sorted(ok, key=lambda v: abs(v - value))[:2]))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """What is wrong with a model's shape by itself, in words; empty when it is fine."""
+    found = []
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        if getattr(model, name) < 1:
+            found.append(f"{name}={getattr(model, name)} must be at least 1")
+    if found:
+        return found
+    if model.num_heads % model.num_kv_heads:
+        found.append(
+            f"num_heads={model.num_heads} is not a multiple of num_kv_heads={model.num_kv_heads}; "
+            f"num_kv_heads could be {_nearest(model.num_kv_heads, _divisors(model.num_heads))}"
+        )
+    if not model.head_dim and model.hidden_size % model.num_heads:
+        found.append(
+            f"hidden_size={model.hidden_size} is not a multiple of num_heads={model.num_heads}; "
+            f"num_heads could be {_nearest(model.num_heads, _divisors(model.hidden_size))}, or set head_dim"
+        )
+    elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
+        found.append("head_dim must be even: rotary embedding turns pairs of channels")
+    scaling = model.rope_scaling
+    if scaling is not None and not scaling.low_freq_factor < scaling.high_freq_factor:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        found.append(f"rope_scaling: low_freq_factor={low} must be below high_freq_factor={high}")
+    return found
+
+
+def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
+    """The legality of a layout for a model, in words; an empty list is a legal layout.
+
+    Tensor parallelism splits whole heads and equal parts of the MLP; the vocabulary may be uneven (it is
+    padded by the convention of layout.py). Each pipeline stage needs a layer of its own.
+    """
+    found = model_problems(model)
+    if found:
+        return found
+    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+        size = getattr(model, name)
+        if size % mesh.tp:
+            fits = [d for d in _divisors(size) if d <= 4 * mesh.tp]
+            found.append(f"tp={mesh.tp} does not divide {name}={size}; tp could be {_nearest(mesh.tp, fits)}")
+    vocab = model.vocab_size
+    if vocab and (mesh.tp - 1) * -(-vocab // mesh.tp) >= vocab:
+        found.append(f"tp={mesh.tp} leaves a rank without any of vocab_size={vocab}; a larger vocabulary or tp=1 works")
+    if mesh.pp > model.num_layers:
+        found.append(f"pp={mesh.pp} is more than num_layers={model.num_layers}; use pp<={model.num_layers}")
+    return found
+
+
+def _batch(train: TrainConfig, dp: int) -> tuple[TrainConfig, list[str]]:
+    """Fill batch_size = dp * micro_batch_size * micro_batches from those that are set."""
+    batch, size, number = train.batch_size, train.micro_batch_size, train.micro_batches
+    if min(batch, size, number) < 0:
+        given = f"batch_size={batch}, micro_batch_size={size}, micro_batches={number}"
+        return train, [f"batch sizes cannot be negative: {given}"]
+    if not batch:
+        size, number = size or 1, number or 1
+        batch = dp * size * number
+    elif batch % dp:
+        return train, [f"batch_size={batch} does not split over dp={dp}; try {batch - batch % dp or dp}"]
+    elif not size and not number:
+        size, number = batch // dp, 1
+    elif not size or not number:
+        count, setting = (size, "micro_batch_size") if size else (number, "micro_batches")
+        if (batch // dp) % count:
+            fits = _nearest(count, _divisors(batch // dp))
+            return train, [f"{setting}={count} does not divide the {batch // dp} sequences of a rank; try {fits}"]
+        size, number = size or batch // dp // number, number or batch // dp // size
+    if dp * size * number != batch:
+        return train, [
+            f"dp={dp} * micro_batch_size={size} * micro_batches={number} = {dp * size * number}, "
+            f"not batch_size={batch}; leave one of them out"
+        ]
+    return replace(train, batch_size=batch, micro_batch_size=size, micro_batches=number), []
+
+
+def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
+    """Return the run with every open setting filled (layout, device, batch, head_dim), or refuse it.
+
+    Args:
+        gpus: how many GPUs there are on this machine; on the CPU ranks are not limited.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    device = run.train.device if run.train.device != "auto" else "cuda" if gpus else "cpu"
+    if run.layout == "auto":
+        run = replace(run, layout=f"dp={max(gpus, 1)}" if device == "cuda" else "dp=2,tp=2")
+    mesh, model, train = run.mesh, run.model, replace(run.train, device=device)
+    found = layout_problems(model, mesh)
+    train, batch_problems = _batch(train, mesh.dp)
+    found += batch_problems
+    if device == "cuda" and not gpus:
+        found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
+    elif device == "cuda" and mesh.world_size > gpus:
+        found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
+    for name, least in (("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0)):
+        if getattr(train, name) < least:
+            found.append(f"{name}={getattr(train, name)} must be at least {least}")
+    for name in ("lr", "bucket_mb"):
+        if not 0 < getattr(train, name) < float("inf"):
+            found.append(f"{name}={getattr(train, name)} must be a number above 0")
+    for name in ("clip_norm", "weight_decay"):
+        if not getattr(train, name) >= 0:
+            found.append(f"{name}={getattr(train, name)} must be 0 (off) or above")
+    for name in ("beta1", "beta2", "min_lr_ratio"):
+        if not 0 <= getattr(train, name) <= 1:
+            found.append(f"{name}={getattr(train, name)} must lie between 0 and 1")
+    if not 0 < run.data.val_fraction < 1:
+        found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
+    if found:
+        raise ConfigError("\n".join(dict.fromkeys(found)))
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    return replace(run, layout=str(mesh), model=replace(model, head_dim=head_dim), train=train)
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a configuration dataclass from plain data (a TOML, YAML or JSON file), refusing unknown names.
+
+    Raises:
+        ConfigError: a name that the dataclass does not have, or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"settings are names with values, not {values!r}")
+    hints = get_type_hints(cls)
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            has = f"{where.rstrip('.') or 'the top level'} has {', '.join(sorted(hints))}"
+            raise ConfigError(f"unknown setting '{where}{key}'; {has}")
+        out[key] = _read(hints[key], value, f"{where}{key}")
+    return cls(**out)
+
+
+def _read(hint: Any, value: Any, name: str) -> Any:
+    """The value of the setting `name` in the type that its dataclass asks for."""
+    choices = get_args(hint)
+    for group in (hint, *choices):
+        if is_dataclass(group):
+            if value is None and type(None) in choices:
+                return None
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name}={value!r} must be a group of settings: {', '.join(get_type_hints(group))}")
+            return from_dict(group, value, f"{name}.")  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{name}={value!r} must be a list of str")
+        return tuple(value)
+    if get_origin(hint) is Literal:
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        trap = "; YAML takes 3e-3 for text, write 3.0e-3" if hint is float and isinstance(value, str) else ""
+        raise ConfigError(f"{name}={value!r} must be of type {hint.__name__}{trap}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain data of a configuration, as it is written to `config.json`; `from_dict` reads it back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

@@ -1,0 +1,278 @@
+"""Exercises of chapter 03, data parallelism: what is summed, and what it costs.
+
+For each: the right answer, the mistakes that people make, and what tells them apart. The checkers run the answer on
+what is really there: ranks that add up gradients, a ledger that counts what was sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import all_reduce, ledger
+from ..config import MeshShape
+from ..launch import launch
+from ..mesh import Axis, Mesh
+from ..parallel.data import GradientBuckets
+from .exercises import Exercise, Mistake, NotAttempted
+
+RANKS = 2
+Answer = Callable[..., Any]
+
+
+def _on_ranks(fn: Callable[..., Any], *args: Any) -> list[Any]:
+    return launch(_with_axis, fn, args, world_size=RANKS, timeout=60, output="hide")
+
+
+def _with_axis(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return fn(*args, Mesh.build(MeshShape(dp=RANKS))["dp"])
+
+
+def _near(got: Any, want: Any) -> bool:
+    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+# --- 1: what each rank calls backward on ------------------------------------------------------------------
+
+
+def local_loss_stub(losses: Tensor, mask: Tensor, axis: Axis) -> Tensor:
+    """What this rank calls `.backward()` on, so that the SUM of the ranks' gradients is that of the global mean.
+
+    Args:
+        losses: [T] one loss a token, of this rank's tokens.
+        mask: [T] bool, which tokens count. Other ranks have other numbers of them.
+    """
+    raise NotAttempted
+
+
+def local_loss(losses: Tensor, mask: Tensor, axis: Axis) -> Tensor:
+    """The sum of this rank's losses over the number of targets of all ranks."""
+    return losses[mask].sum() / all_reduce(mask.sum(), axis)
+
+
+_LOSSES = {
+    "local mean": (
+        lambda losses, mask, axis: losses[mask].mean(),
+        "each rank divides by its own number of targets, and the sum over ranks is then as many times too large as "
+        "there are ranks; divide by the number of targets of all ranks",
+    ),
+    "average of averages": (
+        lambda losses, mask, axis: losses[mask].mean() / axis.size,
+        "this is the average of the ranks' averages: a token on a rank with few targets weighs more than one on a "
+        "rank with many; divide the sum by the number of targets of all ranks",
+    ),
+    "no division": (
+        lambda losses, mask, axis: losses[mask].sum(),
+        "the sum is not divided by anything: the gradient grows with the batch; divide by the number of targets of "
+        "all ranks",
+    ),
+    "padding counted": (
+        lambda losses, mask, axis: losses[mask].sum() / all_reduce(torch.tensor(mask.numel()), axis),
+        "the divisor counts all tokens, also those that are masked out; count the targets only",
+    ),
+    "masked tokens kept": (
+        lambda losses, mask, axis: losses.sum() / all_reduce(mask.sum(), axis),
+        "losses of tokens that the mask leaves out are in the sum",
+    ),
+}
+
+
+def _loss_values(answer: Answer, axis: Axis) -> tuple[Any, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(axis.index)
+    losses = torch.rand(8, generator=generator, dtype=torch.float64)
+    mask = torch.arange(8) < (6 if axis.index == 0 else 2)
+    known = {name: wrong(losses, mask, axis) for name, (wrong, _) in _LOSSES.items()}
+    return answer(losses, mask, axis), {"right": local_loss(losses, mask, axis), **known}
+
+
+def _run_local_loss(answer: Answer) -> str | None:
+    got, known = _on_ranks(_loss_values, answer)[0]
+    if _near(got, known["right"]):
+        return None
+    for name, (_, hint) in _LOSSES.items():
+        if _near(got, known[name]):
+            return hint
+    return f"on rank 0 the loss is {float(got):.4f} and should be {float(known['right']):.4f}"
+
+
+# --- 2: the naive reduction -------------------------------------------------------------------------------
+
+
+def reduce_gradients_stub(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    """Sum each parameter's gradient over the axis, in place, with `all_reduce(x, axis)`, which returns a new tensor.
+
+    Args:
+        parameters: some are frozen (their `.grad` is None on every rank), and a tied one is listed twice.
+    """
+    raise NotAttempted
+
+
+def reduce_gradients(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    """Each parameter once, its gradient and not itself."""
+    for parameter in dict.fromkeys(parameters):
+        if parameter.grad is not None:
+            parameter.grad.copy_(all_reduce(parameter.grad, axis))
+
+
+def _reduce_parameters(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    for parameter in dict.fromkeys(parameters):
+        if parameter.grad is not None:
+            parameter.data.copy_(all_reduce(parameter.data, axis) / axis.size)
+
+
+def _reduce_to_mean(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    reduce_gradients(parameters, axis)
+    for parameter in dict.fromkeys(parameters):
+        if parameter.grad is not None:
+            parameter.grad /= axis.size
+
+
+def _reduce_tied_twice(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.copy_(all_reduce(parameter.grad, axis))
+
+
+def _reduce_and_drop(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    for parameter in dict.fromkeys(parameters):
+        if parameter.grad is not None:
+            all_reduce(parameter.grad, axis)
+
+
+_NOT_SUMMED = (
+    "the gradients are still each rank's own. What a hook is handed is the parameter: reduce its .grad, and see that "
+    "the sum ends up there"
+)
+_MEAN = (
+    "the gradients are averaged; the loss is already divided by the global number of targets, so they must be summed"
+)
+_TIED = "the tied parameter is listed twice and was summed twice; go through each parameter once"
+
+
+def _gradients_after(answer: Answer, axis: Axis) -> list[tuple[Tensor, Tensor]]:
+    parameters = [nn.Parameter(torch.full((3,), float(n + 1), dtype=torch.float64)) for n in range(3)]
+    plain, tied, frozen = parameters
+    plain.grad, tied.grad = torch.full_like(plain, 1.0 + axis.index), torch.full_like(tied, 10.0 + axis.index)
+    want = [all_reduce(p.grad, axis) for p in (plain, tied) if p.grad is not None]
+    answer([plain, tied, frozen, tied], axis)
+    return [(p.grad, w) for p, w in zip((plain, tied), want, strict=True) if p.grad is not None]
+
+
+def _run_reduce(answer: Answer) -> str | None:
+    for (plain, sum_plain), (tied, sum_tied) in _on_ranks(_gradients_after, answer):
+        if _near(plain, sum_plain / RANKS):
+            return _MEAN
+        if not _near(plain, sum_plain):
+            return _NOT_SUMMED
+        if not _near(tied, sum_tied):
+            return _TIED
+    return None
+
+
+# --- 3: what it costs -------------------------------------------------------------------------------------
+
+
+def step_bytes_stub(sizes: Sequence[int], itemsize: int, micro_batches: int, ranks: int) -> int:
+    """Predict the bytes that one rank hands to all_reduce in one step of `GradientBuckets`.
+
+    Args:
+        sizes: elements of each parameter.
+        itemsize: bytes of an element of the weights: 2 for bf16, 4 for float32, 8 for float64.
+    """
+    raise NotAttempted
+
+
+def step_bytes(sizes: Sequence[int], itemsize: int, micro_batches: int, ranks: int) -> int:
+    """Once a step, at least float32, and one flag for each parameter."""
+    return (sum(sizes) + len(sizes)) * max(itemsize, 4)
+
+
+_COSTS: dict[str, tuple[Answer, str]] = {
+    "every micro-batch": (
+        lambda sizes, itemsize, micro_batches, ranks: step_bytes(sizes, itemsize, 1, 1) * micro_batches,
+        "the sums are taken once a step, in the last micro-batch's backward: the number of micro-batches is no factor",
+    ),
+    "no flags": (
+        lambda sizes, itemsize, micro_batches, ranks: sum(sizes) * max(itemsize, 4),
+        "each parameter carries one number more, which says whether its gradient exists on a rank",
+    ),
+    "narrow sums": (
+        lambda sizes, itemsize, micro_batches, ranks: (sum(sizes) + len(sizes)) * itemsize,
+        "gradients of bf16 weights are summed in float32: 4 bytes an element, not 2",
+    ),
+    "on the wire": (
+        lambda sizes, itemsize, micro_batches, ranks: step_bytes(sizes, itemsize, 1, 1) * 2 * (ranks - 1) // ranks,
+        "2(n-1)/n is what a ring puts on the wire; the question is what a rank hands to all_reduce",
+    ),
+}
+_CASES = [([5, 7], torch.float32, 1), ([5, 7], torch.bfloat16, 1), ([3, 1, 8], torch.float64, 3)]
+
+
+def _counted(axis: Axis) -> list[int]:
+    out = []
+    for sizes, dtype, micro_batches in _CASES:
+        weights = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in sizes]
+        reducer = GradientBuckets(weights, axis, 24)
+        with ledger.recording() as record:
+            for m in range(micro_batches):
+                if m == micro_batches - 1:
+                    reducer.arm()
+                torch.stack([weight.sum() for weight in weights]).sum().backward()
+            reducer.finish()
+        out.append(sum(record.values()))
+    return out
+
+
+def _run_step_bytes(answer: Answer) -> str | None:
+    ranks = 4  # where a ring's factor differs from 1
+    arguments = [(sizes, dtype.itemsize, micro_batches, ranks) for sizes, dtype, micro_batches in _CASES]
+    got = [answer(*each) for each in arguments]
+    counted = _on_ranks(_counted)[0]
+    if got == counted:
+        return None
+    for wrong, hint in _COSTS.values():
+        if got == [wrong(*each) for each in arguments]:
+            return hint
+    at = next(i for i, pair in enumerate(zip(got, counted, strict=True)) if pair[0] != pair[1])
+    return f"for step_bytes{arguments[at]} the ledger counts {counted[at]}, not {got[at]}"
+
+
+EXERCISES = [
+    Exercise(
+        id="03.local_loss",
+        title="The loss that each rank differentiates",
+        task="Two ranks hold different numbers of targets. Return what this rank calls backward on, so that the sum "
+        "of the two gradients is the gradient of the mean loss over all targets.",
+        stub=local_loss_stub,
+        reference=local_loss,
+        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _LOSSES.items()),
+        run=_run_local_loss,
+    ),
+    Exercise(
+        id="03.reduce_gradients",
+        title="The naive reduction",
+        task="After backward, add up the gradients of all ranks, one parameter at a time. Some parameters are frozen, "
+        "and a tied one is listed twice.",
+        stub=reduce_gradients_stub,
+        reference=reduce_gradients,
+        mistakes=(
+            Mistake("the parameter", _reduce_parameters, _NOT_SUMMED),
+            Mistake("result dropped", _reduce_and_drop, _NOT_SUMMED),
+            Mistake("mean", _reduce_to_mean, _MEAN),
+            Mistake("tied twice", _reduce_tied_twice, _TIED),
+        ),
+        run=_run_reduce,
+    ),
+    Exercise(
+        id="03.step_bytes",
+        title="The price, to the byte",
+        task="Predict how many bytes a rank hands to all_reduce in one step. The ledger of a real run decides.",
+        stub=step_bytes_stub,
+        reference=step_bytes,
+        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _COSTS.items()),
+        run=_run_step_bytes,
+    ),
+]

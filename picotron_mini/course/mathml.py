@@ -1,0 +1,49 @@
+"""Formulas as MathML, made when the site is built.
+
+A browser draws MathML by itself, so a page needs no script and no font from anywhere to show an equation.
+The Markdown extension `arithmatex` finds the formulas (`$...$` in a line, `$$...$$` on lines of their own)
+and leaves each in an element of class `arithmatex`; `render` replaces what is inside.
+
+The converter passes over what it does not know in silence (`\\foo` becomes the text "\\foo", `aligned` leaves
+its ampersands), so the result is checked: a formula that would be drawn wrong stops the build.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from xml.etree import ElementTree
+
+from latex2mathml.converter import convert
+
+from picotron_mini.config import UserError
+
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def formula(latex: str, *, block: bool) -> str:
+    """One formula as a `<math>` element.
+
+    Raises:
+        UserError: the converter does not know a command or an environment in it.
+    """
+    try:
+        text = convert(latex, display="block" if block else "inline")
+        unknown = [part for part in ElementTree.fromstring(text).itertext() if part.lstrip().startswith("\\")]
+    except Exception as error:  # the converter raises a class of its own for each mistake; XML one more
+        raise UserError(f"the formula {latex!r} cannot be shown: {error or type(error).__name__}") from error
+    if unknown:
+        raise UserError(
+            f"the formula {latex!r} cannot be shown: {unknown[0]!r} is not known; try \\operatorname or \\text"
+        )
+    return text
+
+
+def render(page: str) -> str:
+    """The page's HTML with each formula that `arithmatex` marked turned into MathML."""
+
+    def replace(match: re.Match[str]) -> str:
+        tag, latex = match[1], html.unescape(match[2]).strip()
+        return f'<{tag} class="formula">{formula(latex, block=tag == "div")}</{tag}>'
+
+    return _FORMULA.sub(replace, page)

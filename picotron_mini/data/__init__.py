@@ -1,0 +1,1 @@
+"""Text to batches: `corpus` -> `tokenizer` -> `packing` -> `loader`, and `bigram` as the mark to beat."""

@@ -1,0 +1,94 @@
+"""Where every parameter lives: the one fact that all techniques share.
+
+    layout: global name -> Placement(shape, stages, shards, sum_axes)
+
+    "layers.3.mlp.down.weight" -> shape [192, 512], on stage 1, dim 1 split over tp as (0,256) (256,512),
+                                  its gradient summed over dp
+
+Gradient clipping, checkpoints, the byte prediction, `describe` and the parity test read it, and nothing else needs
+to know which technique put a parameter where. A layout is computed before any process exists.
+
+The convention for uneven shards, written once: `split` cuts as `torch.chunk` and DTensor do. Every shard has the
+ceiling of total / parts but the last ones, which may be short or even empty: 5 by 4 gives 2, 2, 1, 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import MeshShape
+from .mesh import coordinates
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tensor dim cut over one mesh axis: the rank with index i holds `ranges[i]`."""
+
+    axis: str
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one parameter lives and how its gradient becomes whole."""
+
+    shape: tuple[int, ...]  # global
+    stages: tuple[int, ...]  # pipeline stages that hold it: more than one for a tied embedding
+    shards: tuple[Shard, ...] = ()
+    sum_axes: tuple[str, ...] = ("dp",)  # axes over which the ranks' gradients add up
+
+    def holds(self, index: Mapping[str, int]) -> bool:
+        """Whether the rank with these coordinates has a part of it."""
+        return index["pp"] in self.stages
+
+    def slices(self, index: Mapping[str, int]) -> tuple[slice, ...]:
+        """Which part of the global tensor the rank with these coordinates holds."""
+        out = [slice(0, n) for n in self.shape]
+        for shard in self.shards:
+            out[shard.dim] = slice(*shard.ranges[index[shard.axis]])
+        return tuple(out)
+
+    def local_shape(self, index: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(s.stop - s.start for s in self.slices(index))
+
+    def local_size(self, index: Mapping[str, int]) -> int:
+        """Elements that the rank with these coordinates holds."""
+        size = 1
+        for length in self.local_shape(index):
+            size *= length
+        return size
+
+    def counts(self, index: Mapping[str, int]) -> bool:
+        """Whether this rank is the one, of those with the same copy, that a sum over all ranks should count."""
+        sharded = {shard.axis for shard in self.shards}
+        return index["pp"] == self.stages[0] and all(i == 0 for a, i in index.items() if a not in sharded | {"pp"})
+
+
+Layout = dict[str, Placement]
+
+
+def split(total: int, parts: int) -> tuple[tuple[int, int], ...]:
+    """Cut `total` into `parts` ranges by the convention above."""
+    step = -(-total // parts)
+    return tuple((min(i * step, total), min((i + 1) * step, total)) for i in range(parts))
+
+
+def to_json(layout: Layout, mesh: MeshShape) -> dict[str, Any]:
+    """The layout as plain data, as `layout.json` of a run holds it."""
+    return {
+        "axes": {"pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp},
+        "ranks": [{"rank": r, "coordinates": coordinates(mesh, r)} for r in range(mesh.world_size)],
+        "parameters": [
+            {
+                "name": name,
+                "shape": list(p.shape),
+                "stages": list(p.stages),
+                "shards": [{"axis": s.axis, "dim": s.dim, "ranges": [list(r) for r in s.ranges]} for s in p.shards],
+                "sum_axes": list(p.sum_axes),
+            }
+            for name, p in layout.items()
+        ],
+    }

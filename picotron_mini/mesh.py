@@ -1,0 +1,102 @@
+"""The ranks as a grid: which ranks work together along each axis.
+
+`pp * dp * tp` ranks are numbered with `tp` fastest, because tensor parallelism talks most and neighbouring
+ranks have the fastest links. With pp=2, dp=2, tp=2:
+
+                 tp=0  tp=1
+    pp=0  dp=0     0     1        the tp axis of rank 5: ranks 4, 5
+          dp=1     2     3        the dp axis of rank 5: ranks 5, 7
+    pp=1  dp=0     4     5        the pp axis of rank 5: ranks 1, 5
+          dp=1     6     7
+
+So   rank = (pp_index * dp + dp_index) * tp + tp_index,   and an axis is the set of ranks that differ in
+that one index only. A technique is handed one `Axis` and never the whole mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from .config import AXES, MeshShape
+
+# Process groups by key. Collectives name their group by this string, because a custom operator (and so
+# torch.compile) takes strings and not process groups.
+GROUPS: dict[str, dist.ProcessGroup] = {}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that one rank works with along one axis."""
+
+    name: str
+    size: int
+    index: int  # this rank's coordinate
+    ranks: tuple[int, ...]  # global ranks, in coordinate order
+
+    @property
+    def key(self) -> str:
+        """Name of the axis' process group in `GROUPS`."""
+        return f"{self.name}:{','.join(map(str, self.ranks))}"
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return GROUPS[self.key]
+
+
+def coordinates(shape: MeshShape, rank: int) -> dict[str, int]:
+    """The index of a rank on every axis, as `{"pp": 1, "dp": 0, "tp": 1}`."""
+    out = {}
+    for axis in reversed(AXES):
+        rank, out[axis] = divmod(rank, getattr(shape, axis))
+    return {axis: out[axis] for axis in AXES}
+
+
+def axis_of(shape: MeshShape, rank: int, name: str) -> Axis:
+    """The axis `name` through `rank`; needs no process."""
+    here = coordinates(shape, rank)
+    members = tuple(
+        r for r in range(shape.world_size) if all(c == here[a] for a, c in coordinates(shape, r).items() if a != name)
+    )
+    return Axis(name, len(members), here[name], members)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid as one rank sees it: `mesh["tp"]` is the axis of that name through this rank.
+
+    `mesh["world"]` is all ranks, for the few scalars that everyone must agree on.
+    """
+
+    shape: MeshShape
+    rank: int
+
+    @classmethod
+    def build(cls, shape: MeshShape) -> Mesh:
+        """Make the process groups. Every rank must call it, in the same order as the others.
+
+        Raises:
+            ValueError: the mesh has another number of ranks than `torch.distributed` was started with.
+        """
+        if dist.get_world_size() != shape.world_size:
+            raise ValueError(f"the mesh {shape} has {shape.world_size} ranks, not {dist.get_world_size()}")
+        mesh = cls(shape, dist.get_rank())
+        # new_group is itself collective: all ranks make all groups, also those that they are not in. The
+        # pipeline gets two: activations and gradients travel against each other, and NCCL runs the
+        # messages of one group in order.
+        for name in ("world", *AXES, "pp.backward"):
+            for rank in range(shape.world_size):
+                axis = cls(shape, rank)[name]
+                if axis.index == 0 and axis.size > 1:
+                    everyone = axis.size == shape.world_size and name != "pp.backward"
+                    group = dist.group.WORLD if everyone else dist.new_group(list(axis.ranks))
+                    assert group is not None
+                    GROUPS[axis.key] = group
+        return mesh
+
+    def __getitem__(self, name: str) -> Axis:
+        if name == "world":
+            return Axis("world", self.shape.world_size, self.rank, tuple(range(self.shape.world_size)))
+        base = axis_of(self.shape, self.rank, name.removesuffix(".backward"))
+        return Axis(name, base.size, base.index, base.ranks)

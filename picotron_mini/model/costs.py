@@ -1,0 +1,81 @@
+"""What a model costs, from its shape alone: parameters, flops, bytes. No torch needed.
+
+    a product [T, D] x [D, F]     2 T D F flops: one multiplication and one addition for each of the T D F pairs
+    its backward                  twice that: one product for the input's gradient, one for the weight's
+    attention, one token          q kT and p v, each 2 T H Dh: the only part that grows with the sequence
+
+So a training step costs about 6 flops a parameter and token, plus attention:
+
+    flops a token = 6 N + 12 L (H Dh) T          N counts every parameter, embeddings included
+
+Two conventions hide in it, and papers differ in both: causal attention is not halved, although half of its scores are
+masked; and the embedding, a look-up without products, is counted. The utilisation (MFU, arXiv 2204.02311) that this
+repository prints uses this formula. Balancing pipeline stages needs the real shares instead; `layer_flops` and
+`head_flops` count products only.
+
+Legend: L layers, D width, H query heads, Hkv key-value heads, Dh width of a head, F inner width, V vocabulary,
+T tokens.
+"""
+
+from __future__ import annotations
+
+from picotron_mini.config import ModelConfig
+
+
+def _head_dim(config: ModelConfig) -> int:
+    return config.head_dim or config.hidden_size // config.num_heads
+
+
+def layer_matrix_parameters(config: ModelConfig) -> int:
+    """Weights of one layer that are multiplied with: q, o [D, H Dh], k, v [D, Hkv Dh], gate, up, down [D, F]."""
+    attention = 2 * (config.num_heads + config.num_kv_heads) * _head_dim(config)
+    return config.hidden_size * (attention + 3 * config.intermediate_size)
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """All parameters of one layer: its matrices, two norms [D], and with `qk_norm` two more [Dh]."""
+    norms = 2 * config.hidden_size + (2 * _head_dim(config) if config.qk_norm else 0)
+    return layer_matrix_parameters(config) + norms
+
+
+def parameters(config: ModelConfig) -> int:
+    """All parameters of the model; a tied head and embedding are counted once."""
+    table = config.vocab_size * config.hidden_size
+    tables = table if config.tie_embeddings else 2 * table
+    return tables + config.num_layers * layer_parameters(config) + config.hidden_size
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Forward and backward of one token, 6 N + 12 L (H Dh) T: the number that an MFU is computed from.
+
+    N is `parameters`, embeddings included. Causal masking is not credited. H Dh is the width unless head_dim is set.
+    """
+    attention = 12 * config.num_layers * config.num_heads * _head_dim(config) * seq_len
+    return 6 * parameters(config) + attention
+
+
+def layer_flops(config: ModelConfig, seq_len: int) -> int:
+    """Forward of one layer for one token: 2 flops a weight, and 4 T H Dh of attention, not halved for the mask."""
+    return 2 * layer_matrix_parameters(config) + 4 * config.num_heads * _head_dim(config) * seq_len
+
+
+def head_flops(config: ModelConfig) -> int:
+    """Forward of the output head for one token: 2 D V. The embedding is a look-up and costs none."""
+    return 2 * config.hidden_size * config.vocab_size
+
+
+def layer_activation_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
+    """Bytes that one layer keeps for its backward, for one token, run eagerly with fused attention on one document.
+
+    Each product keeps its input, each elementwise step what its derivative reads. In numbers a token: a norm keeps its
+    input and the normalised value (D each) and one root, in float32 or wider, and the product that follows keeps its
+    output; attention keeps q, k, v, its output (twice: the kernel's, and in the order Wo reads) and one log-sum-exp a
+    head; the MLP keeps gate, up, silu(gate) and their product. Nothing grows with T^2: fused attention computes its
+    scores again (arXiv 2205.14135). torch.compile keeps less.
+    """
+    heads, all_heads, head_dim = config.num_heads, config.num_heads + config.num_kv_heads, _head_dim(config)
+    wide = 2 * (2 * config.hidden_size + 1) + heads
+    if config.qk_norm:
+        wide += (2 * head_dim + 1) * all_heads
+    narrow = 2 * config.hidden_size + (2 * all_heads + heads) * head_dim + 4 * config.intermediate_size
+    return wide * max(4, bytes_per_number) + narrow * bytes_per_number

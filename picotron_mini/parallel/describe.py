@@ -1,0 +1,70 @@
+"""What a layout does, in words and numbers, before anything runs: hooks hide it, so it is printed.
+
+describe(run)   ->   where each parameter lives, then what each rank sends in one step, when, and how many bytes
+"""
+
+from __future__ import annotations
+
+import re
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ..config import RunConfig
+from ..layout import Placement
+from ..mesh import coordinates
+from .parallelize import layout_of, stage_layers
+from .traffic import predict_step
+
+WHEN = {
+    ("dp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
+    ("tp", "all_reduce"): "exits of attention and MLP, their entries backward, the loss over the split vocabulary",
+    ("pp", "send"): "hidden states to the next stage, their gradients to the previous one; a tied embedding",
+    ("world", "all_reduce"): "loss, gradient norm and stop flag, at the end of the step",
+}
+
+
+def describe(run: RunConfig) -> RenderableType:
+    """Tables for a terminal or a notebook (through `rich.print`).
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
+    """
+    layout = layout_of(run.model, run.mesh, run.train.seq_len)
+    places = Table(title=f"where the parameters live: {run.layout}", title_justify="left")
+    for column in ("parameter", "shape", "stages", "split", "gradient summed over"):
+        places.add_column(column)
+    stages = stage_layers(run.model, run.mesh.pp, run.train.seq_len)
+    seen: set[str] = set()
+    for name, place in layout.items():
+        short = re.sub(r"^layers\.\d+", "layers.*", name)
+        if short in seen:
+            continue
+        seen.add(short)
+        where = ", ".join(map(str, place.stages))
+        if short != name:
+            where = "; ".join(f"{s}: layers {r.start}-{r.stop - 1}" for s, r in enumerate(stages))
+        places.add_row(short, str(list(place.shape)), where, _split(place), ", ".join(_summed(run, place)) or "nothing")
+    bytes_ = Table(title="what a rank hands to torch.distributed in one step", title_justify="left")
+    for column in ("axis", "operation", "when"):
+        bytes_.add_column(column)
+    columns = [rank for rank in range(run.mesh.world_size) if rank % (run.mesh.world_size // run.mesh.pp) == 0]
+    for stage in range(run.mesh.pp):
+        bytes_.add_column(f"bytes, stage {stage}", justify="right")
+    per_stage = [predict_step(run, layout, coordinates(run.mesh, rank)) for rank in columns]
+    for axis, operation in sorted({key for traffic in per_stage for key in traffic}):
+        numbers = [f"{traffic[axis, operation]:,}" for traffic in per_stage]
+        bytes_.add_row(axis, operation, WHEN[axis, operation], *numbers)
+    return Group(places, bytes_)
+
+
+def _split(place: Placement) -> str:
+    return "; ".join(f"dim {s.dim} over {s.axis}: {_lengths(s.ranges)}" for s in place.shards) or "whole"
+
+
+def _lengths(ranges: tuple[tuple[int, int], ...]) -> str:
+    return "+".join(str(stop - start) for start, stop in ranges)
+
+
+def _summed(run: RunConfig, place: Placement) -> list[str]:
+    return [axis for axis in place.sum_axes if getattr(run.mesh, axis) > 1]

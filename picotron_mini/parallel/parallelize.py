@@ -1,0 +1,138 @@
+"""Everything that is done to a model before it trains on many ranks, in the one order that works.
+
+    1 pipeline   keep this stage's layers, so that the rest never takes memory
+    2 tensor     cut the weights of what is left
+    3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
+    4 precision  below float32 the weights are rounded copies of float32 masters
+    5 compile    the blocks, with the exchanges of 2 inside them
+    6 data       last, because it takes the parameters as they are now
+
+Also here: `layout_of`, which says before any process exists where everything will be, and `describe`, which prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, MeshShape, ModelConfig, RunConfig
+from ..layout import Layout, Placement, Shard, split
+from ..mesh import Mesh, coordinates
+from ..model.costs import head_flops, layer_flops
+from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
+from .data import GradientBuckets
+from .schedules import balance
+from .tensor import is_partial, sharded_dim, tensor_parallel
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Parallel:
+    """A model made ready on this rank."""
+
+    run: RunConfig
+    mesh: Mesh
+    layout: Layout
+    model: GPT  # this stage's layers, this rank's slices
+    parameters: dict[str, nn.Parameter]  # by global name
+    masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters
+    gradients: GradientBuckets
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the compute."""
+        return DTYPES[self.run.train.dtype]
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The masters of the parameters that are not frozen: what an optimizer is given."""
+        return {name: master for name, master in self.masters.items() if self.parameters[name].requires_grad}
+
+
+def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
+    """Which layers each pipeline stage holds, balanced by forward flops, the head's included."""
+    costs = [layer_flops(model, seq_len)] * model.num_layers
+    return balance(costs, stages, last_extra=head_flops(model))
+
+
+def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
+    """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch."""
+    stages = stage_layers(model, mesh.pp, seq_len)
+    out = {}
+    for name, shape in parameter_shapes(model).items():
+        sum_axes: tuple[str, ...] = ("dp",)
+        if name.startswith("layers."):
+            layer = int(name.split(".")[1])
+            holders: tuple[int, ...] = (next(s for s, layers in enumerate(stages) if layer in layers),)
+        elif name == "embed.weight":
+            holders = (0, mesh.pp - 1) if model.tie_embeddings and mesh.pp > 1 else (0,)
+        else:
+            holders = (mesh.pp - 1,)
+        dim = sharded_dim(name)
+        shards = (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
+        if is_partial(name):
+            sum_axes += ("tp",)
+        if len(holders) > 1:
+            sum_axes += ("pp",)
+        out[name] = Placement(shape, holders, shards, sum_axes)
+    return out
+
+
+def check_frozen(model: ModelConfig, freeze: tuple[str, ...]) -> None:
+    """Refuse to freeze what does not exist: a typing error would train everything.
+
+    Raises:
+        ConfigError: an entry begins no parameter's name.
+    """
+    names = list(parameter_shapes(model))
+    for start in freeze:
+        if not any(name.startswith(start) for name in names):
+            raise ConfigError(f"freeze={start!r} begins no parameter's name; they are {', '.join(names[:3])}, ...")
+
+
+def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
+    """Build this rank's part of the model.
+
+    Args:
+        run: resolved (`config.resolve`), with the vocabulary's size filled.
+    """
+    config, train = run.model, run.train
+    index = coordinates(mesh.shape, mesh.rank)
+    layout = layout_of(config, mesh.shape, train.seq_len)
+
+    # 1 pipeline, 2 tensor: on the meta device, where tensors have shapes and no memory
+    layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
+    with torch.device("meta"):
+        model = GPT(config, layers=layers, embed=index["pp"] == 0, head=index["pp"] == mesh.shape.pp - 1)
+    tensor_parallel(model, mesh["tp"])
+
+    # 3 weights
+    model.to_empty(device=device)
+    parameters = {global_name(config, name): p for name, p in model.named_parameters()}
+    dtype = DTYPES[train.dtype]
+    master_dtype = torch.promote_types(dtype, torch.float32)
+    masters: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        place = layout[name]
+        whole = initial_weight(config, name, place.shape, train.seed, device)
+        masters[name] = whole[place.slices(index)].to(master_dtype, copy=True)
+        # 4 precision
+        parameter.data = masters[name] if dtype == master_dtype else masters[name].to(dtype)
+        parameter.requires_grad_(not name.startswith(train.freeze))
+        if dtype == master_dtype:
+            masters[name] = parameter
+
+    # 5 compile
+    if train.compile:
+        for block in model.layers.values():
+            block.compile(fullgraph=True)
+        if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
+            model.cross_entropy = torch.compile(model.cross_entropy)
+
+    # 6 data
+    buckets = GradientBuckets(parameters.values(), mesh["dp"], train.bucket_mb * 2**20)
+    return Parallel(run, mesh, layout, model, parameters, masters, buckets, device)

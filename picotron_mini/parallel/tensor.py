@@ -1,0 +1,135 @@
+"""Tensor parallelism: each rank holds a slice of every large weight and computes a slice of every layer.
+
+A pair of linear layers needs one exchange only. Cut the first weight by its *outputs* (column parallel) and the
+second by its *inputs* (row parallel), and what lies between is computed without a word:
+
+                     W1 = [A1 A2]          W2 = [B1]
+                                                [B2]
+    rank 0:  x ----> x A1 ----> f(x A1) ----> f(x A1) B1 --+
+             |                                             (+) all_reduce ----> y = f(x A1) B1 + f(x A2) B2
+    rank 1:  x ----> x A2 ----> f(x A2) ----> f(x A2) B2 --+
+
+In attention the columns are whole heads: q, k, v are column parallel, o is row parallel. In the MLP gate and up
+are column parallel, down is row parallel. Backward it is the mirror image: each rank only knows its slice's share
+of dL/dx, so the entry of the pair sums the gradients (`copy_to`) where its exit sums the values (`reduce_from`).
+Forget the entry and the layers still train, with gradients that miss the other ranks' part.
+
+The vocabulary is cut too. The embedding looks up only its own rows and sums; the head yields a slice of the logits
+[B, T, V/tp], and the loss is computed on the slices: with m the maximum over all ranks,
+
+    -log p(target) = log sum_r sum_{v in r} exp(z_v - m)  -  (z_target - m)
+
+so three numbers a token cross the wire instead of V logits.
+
+Cost a step and micro-batch, in payload: 4 all_reduces of B*T*D a layer (2 forward, 2 backward), 1 for the
+embedding forward, 1 for the head backward, and for the loss 3 float values a token. All of it is waited for: it
+pays only where links are fast and D is large.
+
+Paper: Megatron-LM (arXiv 1909.08053).
+Legend: B batch, T tokens, D width, V vocabulary, Vr the rank's part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..collectives import all_gather, all_reduce_max, copy_to, reduce_from
+from ..layout import split
+from ..mesh import Axis
+from ..model.gpt import GPT, IGNORE, at_least_float32
+
+# The plan: which dim of which weight is cut. What is not here is held whole by every rank.
+PLAN = {
+    ("embed", "head", "q", "k", "v", "gate", "up"): 0,  # outputs: a Linear's weight is [out, in]
+    ("o", "down"): 1,  # inputs
+}
+# Norms that are held whole but see only this rank's heads: their gradients are partial and must be summed.
+PARTIAL = ("q_norm", "k_norm")
+
+
+def sharded_dim(name: str) -> int | None:
+    """Which dim of the parameter `name` is cut over tp, or None if it is held whole."""
+    module = name.split(".")[-2]
+    return next((dim for modules, dim in PLAN.items() if module in modules), None)
+
+
+def is_partial(name: str) -> bool:
+    """Whether each tp rank computes only a part of this whole parameter's gradient."""
+    return name.split(".")[-2] in PARTIAL
+
+
+def tensor_parallel(model: GPT, axis: Axis) -> None:
+    """Cut the model's weights in place and add the exchanges; parameter names stay.
+
+    Args:
+        model: a whole model or a stage of one, on any device, the meta device included.
+        axis: its size must divide heads, key-value heads and the MLP's inner width (`config.layout_problems`).
+    """
+    if axis.size == 1:
+        return
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        dim = sharded_dim(name)
+        if dim is not None:
+            start, stop = split(weight.shape[dim], axis.size)[axis.index]
+            module = model.get_submodule(name.rpartition(".")[0])
+            part = weight.detach().narrow(dim, start, stop - start).clone()
+            module.weight = nn.Parameter(part, requires_grad=weight.requires_grad)
+    for block in model.layers.values():
+        for pair in (block.get_submodule("attention"), block.get_submodule("mlp")):
+            pair.register_forward_pre_hook(lambda _, inputs: (copy_to(inputs[0], axis), *inputs[1:]))
+            pair.register_forward_hook(lambda _, inputs, output: reduce_from(output, axis))
+    vocabulary = split(model.config.vocab_size, axis.size)[axis.index]
+    if model.embed is not None:
+        model.register_module("embed", VocabParallelEmbedding(model.embed.get_parameter("weight"), vocabulary, axis))
+    if model.head is not None:
+        model.head.register_forward_pre_hook(lambda _, inputs: (copy_to(inputs[0], axis),))
+        model.cross_entropy = lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, vocabulary, axis)
+    model.tie()
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows [start, stop) of an embedding; tokens that belong to other ranks give zeros before the sum."""
+
+    def __init__(self, weight: nn.Parameter, vocabulary: tuple[int, int], axis: Axis) -> None:
+        super().__init__()
+        self.weight = weight  # [Vr, D]
+        self.vocabulary, self.axis = vocabulary, axis
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, T] int64 -> [B, T, D], whole on every rank."""
+        local, mine = _local(tokens, self.vocabulary)
+        rows = F.embedding(local, self.weight).masked_fill(~mine[..., None], 0.0)  # [B, T, D]
+        return reduce_from(rows, self.axis)
+
+
+def _local(tokens: Tensor, vocabulary: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Index within this rank's rows (0 where it is another's token), and whether it is this rank's."""
+    start, stop = vocabulary
+    mine = (tokens >= start) & (tokens < stop)
+    return torch.where(mine, tokens - start, 0), mine
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocabulary: tuple[int, int], axis: Axis) -> Tensor:
+    """Sum of the cross-entropies of targets that are not -100, the same on every rank of the axis.
+
+    Args:
+        logits: [B, T, Vr], this rank's slice of the vocabulary.
+        targets: [B, T] int64, global token ids.
+        vocabulary: the range of ids that the slice stands for.
+
+    Returns:
+        A scalar of float32 or wider (nats).
+    """
+    z = at_least_float32(logits)  # [B, T, Vr]
+    z = z - all_reduce_max(z.detach().amax(-1), axis)[..., None]  # the shift cancels, so it needs no gradient
+    local, mine = _local(targets, vocabulary)
+    target = z.gather(-1, local[..., None]).squeeze(-1).masked_fill(~mine, 0.0)  # [B, T]
+    exp_sum, target = reduce_from(torch.stack([z.exp().sum(-1), target]), axis).unbind()  # [B, T] each
+    return (exp_sum.log() - target).masked_fill(targets == IGNORE, 0.0).sum()
+
+
+def gather_logits(logits: Tensor, vocab_size: int, axis: Axis) -> Tensor:
+    """The whole logits [B, T, V] from the slices [B, T, Vr]; for generation, which needs them all."""
+    return all_gather(logits, axis, -1, vocab_size)

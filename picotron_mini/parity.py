@@ -1,0 +1,154 @@
+"""How far what the ranks computed is from what one device computed, and where it is furthest.
+
+The measure is max|a - b| / max|b| of each tensor, absolute where the reference is zero, infinite where shapes differ
+or a NaN appears. Each rank's part is compared with the same part of the reference, so copies that should be equal and
+are not show up as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from .config import RunConfig
+from .layout import Layout
+from .reference import Snapshot
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest relative error of one quantity, and where it is."""
+
+    quantity: str
+    error: float
+    where: str
+    tolerance: float
+
+
+@dataclass
+class Report:
+    """What `verify` found."""
+
+    layout: str
+    differences: list[Difference]
+    bytes_predicted: dict[str, int]  # "axis operation" -> bytes of rank 0 in one step
+    bytes_counted: dict[str, int]
+    bytes_problems: list[str] = field(default_factory=list)  # ranks where the two differ
+    first_divergence: str | None = None
+
+    @property
+    def max_rel_err(self) -> float:
+        return max(d.error for d in self.differences)
+
+    @property
+    def ok(self) -> bool:
+        # written so that a NaN is not ok
+        return all(d.error <= d.tolerance for d in self.differences) and not self.bytes_problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return {
+            "layout": self.layout,
+            "ok": self.ok,
+            "max_rel_err": self.max_rel_err,
+            "bytes_predicted": sum(self.bytes_predicted.values()),
+            "bytes_counted": sum(self.bytes_counted.values()),
+            "traffic": {k: [self.bytes_predicted.get(k, 0), n] for k, n in self.bytes_counted.items()},
+            "quantities": {d.quantity: {"error": d.error, "where": d.where} for d in self.differences},
+            "first_divergence": self.first_divergence,
+            "bytes_problems": self.bytes_problems,
+        }
+
+
+def table(report: Report) -> Table:
+    """The report as a table for a terminal."""
+    verdict = "equal to one device" if report.ok else "NOT equal to one device"
+    out = Table(title=f"{report.layout}: {verdict}", title_justify="left")
+    for column in ("quantity", "largest relative error", "tolerance", "where"):
+        out.add_column(column)
+    for d in report.differences:
+        out.add_row(d.quantity, f"{d.error:.2e}", f"{d.tolerance:.0e}", d.where)
+    for name in sorted({*report.bytes_predicted, *report.bytes_counted}):
+        predicted, counted = report.bytes_predicted.get(name, 0), report.bytes_counted.get(name, 0)
+        out.add_row(f"bytes: {name}", f"{counted:,}", f"{predicted:,}", "rank 0, one step; predicted beside")
+    if report.first_divergence:
+        out.add_row("first divergence", "", "", report.first_divergence)
+    for problem in report.bytes_problems:
+        out.add_row("bytes differ", "", "", problem)
+    return out
+
+
+def named(traffic: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    """Bytes by `"axis operation"`, sorted."""
+    return {f"{axis} {operation}": n for (axis, operation), n in sorted(traffic.items())}
+
+
+class Errors:
+    """Relative errors of each quantity: the worst, and all of them in the order in which they would spread."""
+
+    def __init__(self) -> None:
+        self.worst: dict[str, tuple[float, str]] = {}
+        self.seen: list[tuple[str, float, str]] = []
+
+    def note(self, quantity: str, error: float, where: str) -> None:
+        self.seen.append((quantity, error, where))
+        if quantity not in self.worst or not error <= self.worst[quantity][0]:
+            self.worst[quantity] = (error, where)
+
+    def compare(
+        self,
+        snapshots: Sequence[Snapshot],
+        truth: Sequence[Snapshot],
+        layout: Layout,
+        index: Mapping[str, int],
+        rank: int,
+        with_weights: bool,
+        run: RunConfig,
+    ) -> None:
+        """Compare one rank's parts with the same parts of the reference."""
+        index = index or {"pp": 0, "dp": 0, "tp": 0}
+        # below float64 the runs drift apart after the first update, in any layout
+        steps = range(len(truth)) if run.train.dtype == "float64" else range(1)
+        for step in steps:
+            got, want = snapshots[step], truth[step]
+            where = f"step {step}, rank {rank}, {run.train.optimizer}"
+            self.note("loss", _relative(_scalar(got.loss), _scalar(want.loss)), where)
+            held = {name: place for name, place in layout.items() if place.holds(index)}
+            for quantity, mine, theirs in (
+                ("gradients", got.gradients, want.gradients),
+                ("weights", got.weights, want.weights),
+            ):
+                if quantity == "weights" and not with_weights:
+                    continue
+                if quantity == "weights":
+                    norms = _scalar(got.grad_norm), _scalar(want.grad_norm)
+                    self.note("gradient norm", _relative(*norms), where)
+                if set(mine) != set(held) & set(theirs):
+                    odd = sorted(set(mine) ^ (set(held) & set(theirs)))
+                    self.note(quantity, float("inf"), f"{where}: present on one side only: {', '.join(odd)}")
+                for name, place in held.items():
+                    if name in mine and name in theirs:
+                        part = theirs[name][place.slices(index)]
+                        error = _relative(mine[name], part, theirs[name])
+                        self.note(quantity, error, f"{name}, {where}")
+
+
+def _relative(got: Tensor, want: Tensor, whole: Tensor | None = None) -> float:
+    """max|got - want| / max|whole|; absolute where the reference is zero; infinite if shapes differ or NaN appears."""
+    if got.shape != want.shape:
+        return float("inf")
+    if not got.numel():
+        return 0.0
+    error = (got.double() - want.double()).abs().max().item()
+    scale = (want if whole is None else whole).double().abs().max().item()
+    error = error / scale if scale else error
+    return error if error == error else float("inf")
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""What turns gradients into learning: the optimizer, its learning-rate schedule, and the one training step."""

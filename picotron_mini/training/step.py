@@ -1,0 +1,161 @@
+"""The training step: one for every layout, also for one device.
+
+    count targets -> pipeline (forward, backward; data parallelism sums meanwhile) -> finish the sums
+    -> global norm -> clip -> optimizer -> round masters into weights
+
+Gradient accumulation is the pipeline's schedule with one stage. Two small exchanges go with each step: the number of
+target tokens over dp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..collectives import all_reduce
+from ..data.loader import Batch
+from ..mesh import coordinates
+from ..model.gpt import IGNORE
+from ..parallel.parallelize import Parallel
+from ..parallel.partial import sum_partial_gradients
+from ..parallel.pipeline import run_forward, run_pipeline
+from ..parallel.schedules import SCHEDULES
+from .optimizer import clip_factor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after a step."""
+
+    loss: float  # nats per target token of the global batch
+    grad_norm: float  # of the global gradient, before clipping
+    tokens: int  # target tokens of the global batch
+    stop: bool  # some rank was asked to stop
+
+
+def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """Fill `parallel.gradients` with the gradient of the mean loss over the *global* batch.
+
+    Args:
+        micro_batches: this data rank's share, on its device.
+
+    Returns:
+        The summed loss of this data rank (0 except on the last stage) divided by the global number of targets, and
+        that number; both scalars on the device.
+    """
+    train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
+    targets = sum((batch.targets != IGNORE).sum() for batch in micro_batches)
+    tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp"])
+
+    def forward(m: int, hidden: Tensor | None) -> Tensor:
+        batch = micro_batches[m]
+        documents = batch.documents if train.document_mask else None
+        out = model(batch.tokens if hidden is None else hidden, batch.positions, documents)
+        return out if model.head is None else model.loss(out, batch.targets) / tokens
+
+    pp = mesh["pp"]
+    parallel.gradients.reset()
+    loss = run_pipeline(
+        SCHEDULES[train.schedule](pp.index, pp.size, len(micro_batches)),
+        forward=forward,
+        axis=pp,
+        gradient_axis=mesh["pp.backward"],
+        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        dtype=parallel.dtype,
+        device=parallel.device,
+        before_last_backward=parallel.gradients.arm,
+    )
+    parallel.gradients.finish()
+    sum_partial_gradients(gradients_of(parallel), parallel.layout, mesh)
+    return loss, tokens
+
+
+def gradients_of(parallel: Parallel) -> dict[str, Tensor]:
+    """This rank's part of each gradient by global name; parameters without one are missing."""
+    found = {name: parallel.gradients.gradient(p) for name, p in parallel.parameters.items()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def squared_norm(parallel: Parallel, gradients: dict[str, Tensor]) -> Tensor:
+    """This rank's share of the squared global norm, float64: each element counts on one rank only."""
+    index = coordinates(parallel.mesh.shape, parallel.mesh.rank)
+    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(index)]
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=parallel.device)
+    return torch.nn.utils.get_total_norm(counted).double() ** 2
+
+
+def apply_gradients(
+    parallel: Parallel, optimizer: torch.optim.Optimizer, loss: Tensor, tokens: Tensor, stop: bool = False
+) -> StepResult:
+    """Clip the gradients that `compute_gradients` left by their global norm, and update the weights."""
+    train, mesh = parallel.run.train, parallel.mesh
+    gradients = gradients_of(parallel)
+    mine = loss.double() if mesh["tp"].index == 0 else torch.zeros_like(loss, dtype=torch.float64)
+    asked = torch.full_like(mine, float(stop))
+    sums = all_reduce(torch.stack([mine, squared_norm(parallel, gradients), asked]), mesh["world"])
+    if train.clip_norm and gradients:
+        held = list(gradients.values())
+        torch._foreach_mul_(held, clip_factor(sums[1].sqrt(), train.clip_norm).to(held[0].dtype))
+    for name, master in parallel.masters.items():
+        master.grad = gradients.get(name)
+    optimizer.step()
+    update_weights(parallel)
+    total_loss, squared, asked_sum = sums.tolist()  # the one point where the host waits for the GPU
+    return StepResult(total_loss, math.sqrt(squared), int(tokens), asked_sum > 0)
+
+
+def train_step(
+    parallel: Parallel, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Batch], stop: bool = False
+) -> StepResult:
+    """One step over the global batch. Every rank must call it.
+
+    Args:
+        micro_batches: this data rank's share of the global batch.
+        stop: this rank was asked to stop; after the step all ranks know.
+    """
+    loss, tokens = compute_gradients(parallel, micro_batches)
+    return apply_gradients(parallel, optimizer, loss, tokens, stop)
+
+
+@torch.no_grad()
+def update_weights(parallel: Parallel) -> None:
+    """Round the masters into the weights that compute uses, where those are narrower."""
+    pairs = [(p, parallel.masters[n]) for n, p in parallel.parameters.items() if parallel.masters[n] is not p]
+    if pairs:
+        torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+
+def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -> tuple[float, int, bool]:
+    """The mean loss (nats per token) over this and all other data ranks' batches, their target tokens, and "stop".
+
+    Args:
+        batches: this data rank's share; as many on every rank.
+        stop: this rank was asked to stop; the third value says whether any was.
+    """
+    train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
+
+    def forward(m: int, hidden: Tensor | None) -> Tensor:
+        batch = batches[m]
+        documents = batch.documents if train.document_mask else None
+        out = model(batch.tokens if hidden is None else hidden, batch.positions, documents)
+        return out if model.head is None else model.loss(out, batch.targets)
+
+    loss = run_forward(
+        len(batches),
+        forward=forward,
+        axis=mesh["pp"],
+        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        dtype=parallel.dtype,
+        device=parallel.device,
+    ).double()
+    first = mesh["tp"].index == 0 and mesh["pp"].index == mesh["pp"].size - 1
+    tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+    asked = torch.full_like(loss, float(stop))
+    mine = torch.stack([loss * first, torch.full_like(loss, float(tokens * first)), asked])
+    total, count, asked_sum = all_reduce(mine, mesh["world"]).tolist()
+    return total / max(count, 1.0), int(count), asked_sum > 0

@@ -1,0 +1,181 @@
+"""Does a layout compute what one device computes? Asked of the real thing, and answered with a number.
+
+    batches -> reference: the plain model on one device ----+
+          \\-> the library on pp x dp x tp ranks ------------+--> compare loss, gradients, norm, weights
+
+The reference (`reference.py`) imports the model and nothing else of this library; it is not the library with one rank.
+Both train a few steps on batches made to be unkind: ragged documents, and targets missing unevenly, so that an average
+of averages is not the average. In float64 all that a correct layout may change is the order of additions, so the
+tolerance is 1e-9 of each tensor's largest value (`parity.py` measures). A scale that is off, a missing sum, two swapped
+micro-batches: all are many powers of ten above it.
+
+SGD is run beside AdamW because Adam divides by the gradient's own size and hides a wrong scale from the weights.
+
+In a narrower dtype exactness is not to be had. There a float64 run on one device is the truth, the same dtype on one
+device shows the error that is unavoidable, and a layout may have twice that (float32: at most 1e-5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .collectives import ledger
+from .config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, resolve
+from .data.loader import Batch, data_rows
+from .launch import launch, under_torchrun
+from .mesh import Mesh, coordinates
+from .model.gpt import IGNORE
+from .parallel.parallelize import check_frozen, layout_of, parallelize
+from .parallel.traffic import predict_step
+from .parity import Difference, Errors, Report, named
+from .reference import Snapshot, reference
+from .training.optimizer import make_optimizer
+from .training.step import apply_gradients, compute_gradients, gradients_of
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+OPTIMIZERS = ("sgd", "adamw")
+
+# Small, and awkward on purpose: uneven layers per stage, an odd vocabulary, grouped-query heads, tied head.
+MODEL = ModelConfig(
+    vocab_size=101, hidden_size=32, intermediate_size=48, num_layers=9, num_heads=16, num_kv_heads=8, head_dim=4
+)
+TRAIN = TrainConfig(
+    steps=3, seq_len=12, micro_batch_size=2, micro_batches=3, lr=0.01, lr_schedule="constant", warmup_steps=0,
+    clip_norm=0.5, bucket_mb=0.01, dtype="float64", device="cpu",
+)  # fmt: skip
+
+
+def make_batches(run: RunConfig) -> list[Batch]:
+    """Global batches [G, T] of random tokens with ragged documents; targets are missing unevenly over the sequences."""
+    shape = (run.train.batch_size, run.train.seq_len)
+    generator = torch.Generator().manual_seed(run.train.seed)
+    out = []
+    for _ in range(run.train.steps):
+        tokens = torch.randint(run.model.vocab_size, shape, generator=generator)
+        targets = torch.randint(run.model.vocab_size, shape, generator=generator)
+        share = torch.rand(shape[0], 1, generator=generator)  # some sequences keep few targets, some nearly all
+        targets[torch.rand(shape, generator=generator) < 0.8 * share] = IGNORE
+        targets[:, 0] = tokens[:, -1]  # every micro-batch has one target at least
+        documents = (torch.rand(shape, generator=generator) < 0.2).long().cumsum(1)
+        positions = torch.arange(shape[1]).expand(shape).contiguous()
+        out.append(Batch(tokens, targets, positions, documents))
+    return out
+
+
+def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callable[[], Any] | None) -> list[Any]:
+    """What one rank computes for each run: its snapshots, and the bytes of its last step."""
+    if patch is not None:
+        patch()
+    mesh = Mesh.build(runs[0].mesh)
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if runs[0].train.device == "cuda" else torch.device("cpu")
+    )
+    out = []
+    for run in runs:
+        train = run.train
+        parallel = parallelize(run, mesh, device)
+        optimizer = make_optimizer(parallel.trained, train)
+        snapshots = []
+        for batch in batches:
+            mine = [
+                _select(
+                    batch,
+                    data_rows(train.batch_size, mesh["dp"].size, mesh["dp"].index, train.micro_batches, k),
+                    device,
+                )
+                for k in range(train.micro_batches)
+            ]
+            with ledger.recording() as sent:
+                loss, tokens = compute_gradients(parallel, mine)
+                gradients = {n: g.cpu().clone() for n, g in gradients_of(parallel).items()}
+                result = apply_gradients(parallel, optimizer, loss, tokens)
+            weights = {n: m.detach().cpu().clone() for n, m in parallel.masters.items()}
+            snapshots.append(Snapshot(result.loss, result.grad_norm, gradients, weights))
+        out.append((snapshots, dict(sent)))
+    return out
+
+
+def _select(batch: Batch, rows: slice, device: torch.device) -> Batch:
+    return Batch(batch.tokens[rows], batch.targets[rows], batch.positions[rows], batch.documents[rows]).to(device)
+
+
+def verify(
+    layout: str,
+    model: ModelConfig = MODEL,
+    train: TrainConfig = TRAIN,
+    *,
+    optimizers: Sequence[str] = OPTIMIZERS,
+    patch: Callable[[], Any] | None = None,
+    gpus: int = 0,
+) -> Report:
+    """Train on `layout` and on one device, and compare.
+
+    Args:
+        layout: as "dp=2,tp=2,pp=2".
+        model, train: the defaults are small and awkward on purpose.
+        optimizers: which to try.
+        patch: called in each rank before anything else; a mutant of the library, for testing this function.
+        gpus: how many there are; needed with `train.device="cuda"`.
+
+    Raises:
+        ConfigError: the layout does not fit the model, or this is a rank of `torchrun`.
+        RankError: a rank failed.
+    """
+    if under_torchrun():
+        raise ConfigError("verify compares what all ranks return, so it starts them itself; run it without torchrun")
+    runs = [
+        resolve(RunConfig(layout=layout, model=model, train=replace(train, optimizer=o, batch_size=0)), gpus=gpus)  # type: ignore[arg-type]
+        for o in optimizers
+    ]
+    run = runs[0]
+    device = "cuda" if train.device == "cuda" else "cpu"
+    whole = layout_of(run.model, run.mesh, run.train.seq_len)
+    check_frozen(run.model, run.train.freeze)
+    predicted = [predict_step(run, whole, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
+    batches = make_batches(run)
+    per_rank = launch(_on_rank, runs, batches, patch, world_size=run.mesh.world_size, device=device, output="hide")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+    errors = Errors()
+    noise = Errors()  # of one device in the same dtype, where that is not float64
+    for number, each in enumerate(runs):
+        truth = reference(each.model, each.train, batches, torch.float64, device)
+        # AdamW turns rounding into steps of full size, so narrow weights are compared after SGD only
+        with_weights = each.train.dtype == "float64" or each.train.optimizer == "sgd"
+        if each.train.dtype != "float64":
+            narrow = reference(each.model, each.train, batches, getattr(torch, each.train.dtype), device)
+            noise.compare(
+                narrow, truth, layout_of(each.model, MeshShape(), each.train.seq_len), {}, 0, with_weights, each
+            )
+        for rank, results in enumerate(per_rank):
+            errors.compare(results[number][0], truth, whole, coordinates(run.mesh, rank), rank, with_weights, each)
+
+    torch.set_num_threads(threads)
+
+    def tolerance(quantity: str) -> float:
+        if run.train.dtype in TOLERANCE:
+            return TOLERANCE[run.train.dtype]
+        # a single number (loss, norm) may be exact by luck on one device, so it gets the dtype's own precision at least
+        luck = 0.0 if quantity in ("gradients", "weights") else torch.finfo(getattr(torch, run.train.dtype)).eps
+        return max(2 * noise.worst[quantity][0], luck)
+
+    report = Report(
+        layout=str(run.mesh),
+        differences=[Difference(q, e, where, tolerance(q)) for q, (e, where) in errors.worst.items()],
+        bytes_predicted=named(predicted[0]),
+        bytes_counted=named(per_rank[0][0][1]),
+    )
+    report.first_divergence = next((w for q, e, w in errors.seen if not e <= tolerance(q)), None)
+    for rank, results in enumerate(per_rank):
+        for _, counted in results:
+            if dict(predicted[rank]) != counted:
+                report.bytes_problems.append(
+                    f"rank {rank}: predicted {named(predicted[rank])}, counted {named(counted)}"
+                )
+                break
+    return report

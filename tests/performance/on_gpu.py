@@ -1,0 +1,63 @@
+"""What is claimed about GPUs, run in one go: `python tests/performance/on_gpu.py [--quick]`.
+
+Prints a table and, as its last line, one JSON object with everything measured. Uses all the GPUs there are; with one,
+only the one-GPU rows run. Needs nothing but the package.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import torch
+
+from picotron_mini.bench import bench
+from picotron_mini.presets import preset
+from picotron_mini.verify import MODEL, TRAIN, verify
+
+
+def verified(layout: str, **train: object) -> dict[str, object]:
+    report = verify(layout, MODEL, replace(TRAIN, device="cuda", **train), gpus=torch.cuda.device_count())
+    result = {"what": "verify", "layout": layout, **train, **report.to_dict()}
+    print(f"verify {layout} {train}: ok={report.ok} max_rel_err={report.max_rel_err:.1e}", flush=True)
+    for d in report.differences:
+        print(f"    {d.quantity}: {d.error:.2e}, allowed {d.tolerance:.2e} ({d.where})", flush=True)
+    return result
+
+
+def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: object) -> dict[str, object]:
+    run = preset("bench")
+    sizes = {"micro_batch_size": micro_batch_size, "micro_batches": micro_batches}
+    run = replace(run, layout=layout, train=replace(run.train, **sizes, **train))
+    result = {"what": "bench", **bench(run)}
+    print(
+        f"bench {layout} {micro_batch_size} x {micro_batches} {train}: {result['tokens_per_second_per_rank']:,.0f} "
+        f"tokens/s per GPU, MFU {100 * (result['mfu'] or 0):.1f} %, "
+        f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB, "
+        f"8192^3 product {result['matmul_tflops']:.0f} TFLOP/s",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    gpus, quick = torch.cuda.device_count(), "--quick" in sys.argv
+    if not gpus:
+        sys.exit("no GPU is visible to torch; this script measures GPUs")
+    print(f"torch {torch.__version__}, {gpus} x {torch.cuda.get_device_name()}")
+    print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout, flush=True)
+    layouts = ["dp=1"] + ([f"dp={gpus}", f"tp={gpus}", f"pp={gpus}"] if gpus > 1 else [])
+    results = []
+    for layout in layouts:
+        results.append(verified(layout, dtype="float64"))
+        results.append(verified(layout, dtype="float32", compile=True))
+        results.append(verified(layout, dtype="bfloat16", compile=True))
+    sizes = [(4, 4)] if quick else [(4, 4), (8, 2), (16, 1)]
+    for micro_batch_size, micro_batches in sizes:
+        for layout in layouts:
+            results.append(measured(layout, micro_batch_size, micro_batches))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

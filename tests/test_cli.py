@@ -1,0 +1,515 @@
+"""The command line: what it accepts, in which order settings win, and the one message that a mistake gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from picotron_mini import train as train_module
+from picotron_mini.cli import COMMANDS, main, read_config
+from picotron_mini.config import (
+    DataConfig,
+    ModelConfig,
+    RopeScaling,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+from picotron_mini.presets import PRESETS
+
+TINY = [
+    "--hidden-size",
+    "32",
+    "--num-heads",
+    "4",
+    "--num-kv-heads",
+    "2",
+    "--num-layers",
+    "2",
+    "--intermediate-size",
+    "64",
+    "--seq-len",
+    "32",
+    "--steps",
+    "4",
+    "--batch-size",
+    "4",
+    "--tokenizer",
+    "bytes",
+]
+
+# every setting, and none of them at its default
+EVERYTHING = RunConfig(
+    layout="dp=1,tp=3",
+    name="mine",
+    out="elsewhere",
+    model=ModelConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=96, num_layers=3, num_heads=12, num_kv_heads=3, head_dim=8,
+        rope_theta=5e5, rope_scaling=RopeScaling(4.0, 2.0, 8.0, 1024), norm_eps=1e-6, tie_embeddings=False,
+        qk_norm=True, max_position=4096,
+    ),
+    data=DataConfig(text=("a.txt", "b"), tokenizer="other.json", tokenizer_size=999, val_fraction=0.25),
+    train=TrainConfig(
+        steps=7, seq_len=33, batch_size=6, micro_batch_size=3, micro_batches=2, schedule="afab", optimizer="sgd",
+        lr=0.5, min_lr_ratio=0.5, lr_schedule="wsd", warmup_steps=1, weight_decay=0.3, beta1=0.8, beta2=0.99,
+        clip_norm=2.0, freeze=("embed", "norm"), bucket_mb=1.5, eval_every=3, eval_batches=2, seed=5,
+        dtype="float64", device="cpu", compile=True, document_mask=True,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_handlers() -> Iterator[None]:
+    """`main` takes SIGTERM for itself."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """`taken("--steps", "3")` is the run that `picotron-mini train --steps 3` would start."""
+    runs: list[RunConfig] = []
+    monkeypatch.setattr(train_module, "train", lambda run: runs.append(run) or {"stopped": None})
+
+    def take(*args: str) -> RunConfig:
+        assert exit_code(*args) == 0
+        return runs.pop()
+
+    def exit_code(*args: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            main(["train", *args])
+        return int(end.value.code or 0)
+
+    return take
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`fails(2, "train", ...)` checks the exit status and that there is one message and no traceback; returns it."""
+
+    def run(status: int, *args: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(list(args))
+        out, err = capfd.readouterr()
+        assert end.value.code == status, err
+        assert out.strip() == ""
+        assert err.startswith("error: ")
+        assert err.count("error:") == 1 and "Traceback" not in err and "---" not in err
+        return err
+
+    return run
+
+
+def python(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, encoding="utf-8", timeout=120, **options
+    )
+
+
+# --- help -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_the_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([flag])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    for name in (*COMMANDS, *PRESETS, "dp=2,tp=2,pp=2"):
+        assert name in out
+
+
+def test_without_a_command_the_usage_is_shown_and_it_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+    assert capsys.readouterr().out.startswith("usage: picotron-mini COMMAND")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"usage: picotron-mini {command}")
+    if command in ("train", "verify", "describe", "bench"):  # they share the flags
+        for flag in ("layout", "seq-len", "micro-batch-size", "micro-batches", "dtype", "compile", "device", "seed"):
+            assert re.search(rf"^│? *--{flag} ", out, re.MULTILINE), flag
+        assert "--preset" in out and "--config" in out
+
+
+def test_the_installed_command_and_the_module_are_the_same_and_answer_without_torch() -> None:
+    script = (
+        "import sys; from picotron_mini.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    )
+    shown = python("-c", script).stdout
+    assert shown.endswith("False\n")
+    assert python("-m", "picotron_mini", "--help").stdout == shown.removesuffix("False\n")
+
+
+# --- what settings mean -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["dp=4"], ["--layout", "dp=4"], ["--layout=dp=4"], ["--steps", "3", "dp=4"], ["dp=4", "--seed", "1"],
+     ["--text", "a", "b", "dp=4"], ["--compile", "dp=4"]],
+)  # fmt: skip
+def test_a_layout_is_bare_or_a_flag(args: list[str], taken: Callable[..., RunConfig]) -> None:
+    assert taken(*args).layout == "dp=4"
+
+
+def test_a_name_may_look_like_a_layout(taken: Callable[..., RunConfig]) -> None:
+    run = taken("--name", "dp=2,tp=2", "tp=4", "--out", "lr=3")
+    assert (run.name, run.layout, run.out) == ("dp=2,tp=2", "tp=4", "lr=3")
+
+
+def test_flags_change_the_default_preset(taken: Callable[..., RunConfig]) -> None:
+    run = taken("--steps", "3", "--text", "a.txt", "b", "--no-tie-embeddings", "--qk-norm", "--freeze", "embed", "norm")
+    default = PRESETS["laptop"]
+    assert run == replace(
+        default,
+        model=replace(default.model, tie_embeddings=False, qk_norm=True),
+        data=replace(default.data, text=("a.txt", "b")),
+        train=replace(default.train, steps=3, freeze=("embed", "norm")),
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str, taken: Callable[..., RunConfig]) -> None:
+    assert taken("--preset", name) == taken(f"--preset={name}") == PRESETS[name]
+
+
+@pytest.mark.parametrize("kind", ["toml", "yaml", "yml", "json"])
+def test_a_file_holds_everything(kind: str, tmp_path: Path, taken: Callable[..., RunConfig]) -> None:
+    path = tmp_path / f"run.{kind}"
+    path.write_text(written(to_dict(EVERYTHING), kind))
+    assert taken("--config", str(path)) == EVERYTHING
+    for section, default in (("model", ModelConfig()), ("data", DataConfig()), ("train", TrainConfig())):
+        for key, value in to_dict(default).items():
+            assert to_dict(getattr(EVERYTHING, section))[key] != value, f"{section}.{key} is tested with its default"
+
+
+def written(values: dict[str, Any], kind: str) -> str:
+    if kind == "json":
+        return json.dumps(values)
+    if kind != "toml":
+        return yaml.safe_dump(values)
+
+    def table(values: dict[str, Any], name: str) -> list[str]:
+        plain = [f"{k} = {json.dumps(v)}" for k, v in values.items() if not isinstance(v, dict)]
+        groups = [line for k, v in values.items() if isinstance(v, dict) for line in table(v, f"{name}{k}.")]
+        return ([f"[{name.rstrip('.')}]"] if name else []) + plain + groups
+
+    return "\n".join(table(values, ""))
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path, taken: Callable[..., RunConfig]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('layout = "tp=2"\n[train]\nsteps = 11\nlr = 1\n[model]\nnum_layers = 2\n')
+    run = taken("--preset", "h100", "--steps", "12", "--config", str(path))
+    preset = PRESETS["h100"]
+    assert run == replace(
+        preset,
+        layout="tp=2",
+        model=replace(preset.model, num_layers=2),
+        train=replace(preset.train, steps=12, lr=1.0),
+    )
+
+
+def test_the_configuration_of_a_run_can_be_given_back(tmp_path: Path, taken: Callable[..., RunConfig]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(EVERYTHING)))
+    assert from_dict(RunConfig, read_config(path)) == EVERYTHING
+
+
+def test_a_stopped_run_says_so_by_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "train", lambda run: {"stopped": "on request"})
+    with pytest.raises(SystemExit) as end:
+        main(["train"])
+    assert end.value.code == 130
+
+
+# --- wrong use: exit 2 ------------------------------------------------------------------------------------
+
+WRONG_USE: dict[str, tuple[list[str], list[str]]] = {
+    "command": (["trian"], ["'trian'", "train, generate, verify"]),
+    "flag": (["train", "--layers", "3"], ["--layers", "--num-layers"]),
+    "flag of another command": (["generate", "runs/x", "--steps", "3"], ["--steps", "--help"]),
+    "word": (["train", "quickly"], ["quickly"]),
+    "value": (["train", "--steps", "many"], ["--steps", "'many'", "int"]),
+    "no value": (["train", "--steps"], ["--steps"]),
+    "choice": (["train", "--schedule", "zigzag"], ["'zigzag'", "1f1b", "afab"]),
+    "dtype": (["verify", "--dtype", "float16"], ["float16", "float64", "bfloat16"]),
+    "preset": (["train", "--preset", "gpu"], ["'gpu'", "laptop, h100, h100x2, bench"]),
+    "preset without a name": (["train", "--preset"], ["--preset needs a value"]),
+    "config without a file": (["bench", "--config"], ["--config needs a value"]),
+    "axis": (["train", "ep=2"], ["'ep'", "pp, dp, tp"]),
+    "axis twice": (["train", "dp=2,dp=2"], ["'dp'", "twice"]),
+    "no size": (["train", "--layout", "dp"], ["'dp'", "dp=2,tp=2"]),
+    "size zero": (["describe", "tp=0"], ["tp=0", "at least 1"]),
+    "no folder": (["generate"], ["a run's folder"]),
+    "device": (["generate", "x", "--device", "tpu"], ["'tpu'", "cuda"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_USE)
+def test_wrong_use(case: str, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args, words = WRONG_USE[case]
+    message = fails(2, *args)
+    for word in words:
+        assert word in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_wrong_flag_reads_the_same_in_any_terminal() -> None:
+    said = set()
+    for encoding, colour in (("ascii", ""), ("utf-8", ""), ("utf-8", "1")):
+        env = os.environ | {"PYTHONIOENCODING": encoding, "FORCE_COLOR": colour, "COLUMNS": "60"}
+        done = python("-m", "picotron_mini", "generate", "x", "--steps", "3", env={k: v for k, v in env.items() if v})
+        assert done.returncode == 2 and done.stdout == ""
+        said.add(done.stderr)
+    assert len(said) == 1
+    assert "--steps" in said.pop()
+
+
+WRONG_FILES: dict[str, tuple[str, str, list[str]]] = {
+    "unknown setting": ("a.toml", "step = 3", ["'step'", "layout", "train"]),
+    "unknown setting in a group": ("a.yaml", "train: {step: 3}", ["'train.step'", "steps"]),
+    "setting in the wrong group": ("a.yaml", "model: {lr: 1}", ["'model.lr'", "hidden_size"]),
+    "text for a number": ("a.toml", '[train]\nsteps = "3"', ["train.steps='3'", "int"]),
+    "number for a switch": ("a.json", '{"train": {"compile": 1}}', ["train.compile=1", "bool"]),
+    "fraction for a whole number": ("a.yaml", "train: {steps: 2.5}", ["train.steps=2.5", "int"]),
+    "a number that YAML takes for text": ("a.yaml", "train: {lr: 3e-3}", ["train.lr='3e-3'", "3.0e-3"]),
+    "word that is no choice": ("a.toml", '[train]\noptimizer = "adam"', ["'adam'", "adamw, sgd"]),
+    "text that is no list": ("a.yaml", "data: {text: book.txt}", ["data.text='book.txt'", "list"]),
+    "value for a group": ("a.yaml", "train: 3", ["train=3", "group"]),
+    "a list": ("a.json", "[1, 2]", ["a.json", "no settings"]),
+    "nothing": ("a.yaml", "", ["a.yaml", "no settings"]),
+    "broken toml": ("a.toml", "steps = \n", ["a.toml", "line 1"]),
+    "broken yaml": ("a.yaml", "a: [", ["a.yaml", "line 1"]),
+    "broken json": ("a.json", "{", ["a.json", "line 1"]),
+    "another kind": ("a.ini", "[train]", ["a.ini", ".toml, .yaml or .json"]),
+    "not UTF-8": ("a.toml", "\udcff = 1", ["a.toml", "0xff"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_files(case: str, fails: Callable[..., str], tmp_path: Path) -> None:
+    name, content, words = WRONG_FILES[case]
+    path = tmp_path / name
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    message = fails(2, "train", "--config", str(path))
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_file_and_a_folder(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert "nowhere.toml" in fails(2, "train", "--config", "nowhere.toml")
+    (tmp_path / "d.toml").mkdir()
+    assert "d.toml" in fails(2, "train", "--config", str(tmp_path / "d.toml"))
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = python("-m", "picotron_mini", "describe", "tp=5", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "tp=5 does not divide" in done.stderr
+
+
+# --- a run that cannot start: found before any process, and nothing is left --------------------------------
+
+SMALL = "A text of some lines.\n" * 100
+CANNOT_START: dict[str, tuple[str, list[str]]] = {
+    "heads": ("tp=3", ["tp=3", "num_heads=4", "tp could be 2 or 4"]),
+    "key-value heads": ("tp=4", ["tp=4", "num_kv_heads=2", "tp could be"]),
+    "the MLP": ("tp=2 --intermediate-size 63", ["intermediate_size=63"]),
+    "layers": ("pp=3", ["pp=3", "num_layers=2", "pp<=2"]),
+    "heads of odd width": ("--hidden-size 36", ["head_dim", "even"]),
+    "hidden size": ("--hidden-size 33", ["hidden_size=33", "num_heads=4", "num_heads could be 1 or 3"]),
+    "no layers": ("--num-layers 0", ["num_layers=0", "at least 1"]),
+    "batch over data ranks": ("dp=3", ["batch_size=4", "dp=3", "try 3"]),
+    "micro-batch size": ("--micro-batch-size 3", ["micro_batch_size=3", "try 2 or 4"]),
+    "micro-batches": ("dp=2 --micro-batches 3", ["micro_batches=3", "2 sequences"]),
+    "all three": ("--micro-batches 3 --micro-batch-size 2", ["3", "batch_size=4", "leave one"]),
+    "no steps": ("--steps 0", ["steps=0", "at least 1"]),
+    "learning rate": ("--lr 0", ["lr=0.0", "above 0"]),
+    "share held out": ("--val-fraction 1.5", ["val_fraction=1.5", "between 0 and 1"]),
+    "vocabulary of another tokenizer": ("--vocab-size 100", ["vocab_size=100", "257", "vocab_size>=257"]),
+    "a vocabulary too small to split": ("tp=2 --vocab-size 1 --num-kv-heads 4", ["vocab_size=1"]),
+    "size of the tokenizer": ("--tokenizer bpe --tokenizer-size 100", ["tokenizer_size=100", "257"]),
+    "two problems": ("tp=3 --steps 0", ["tp=3", "steps=0"]),
+}
+
+
+@pytest.fixture
+def refuses(fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`refuses(status, ...)`: the tiny run with these flags does not start, starts no process and leaves no folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(SMALL)
+
+    def no_process(*args: Any, **options: Any) -> None:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(train_module, "launch", no_process)
+
+    def run(status: int, *args: str) -> str:
+        message = fails(status, "train", "--layout", "dp=1", *TINY, "--text", "text.txt", "--name", "new", *args)
+        assert not Path("runs/new").exists()
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize("case", CANNOT_START)
+def test_a_run_that_does_not_fit(case: str, refuses: Callable[..., str]) -> None:
+    flags, words = CANNOT_START[case]
+    message = refuses(2, *flags.split())
+    for word in words:
+        assert word in message
+
+
+def test_more_gpus_than_there_are(refuses: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module.torch.cuda, "device_count", lambda: 0)
+    assert "torch sees no GPU; use device=cpu" in refuses(2, "--device", "cuda")
+    monkeypatch.setattr(train_module.torch.cuda, "device_count", lambda: 2)
+    assert "layout dp=4 needs 4 GPUs and there are 2" in refuses(2, "--device", "cuda", "dp=4")
+
+
+def tokenizer_without_an_end(folder: Path) -> None:
+    vocabulary = {"a": 0, "b": 5}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    (folder / "odd.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+
+
+TEXTS: dict[str, tuple[Callable[[Path], Any], str, list[str]]] = {
+    "missing": (lambda p: None, "--text nowhere.txt", ["'nowhere.txt' does not exist"]),
+    "one of two missing": (lambda p: None, "--text text.txt nowhere", ["'nowhere' does not exist"]),
+    "empty": (lambda p: (p / "empty.txt").touch(), "--text empty.txt", ["empty.txt", "empty"]),
+    "blank": (lambda p: (p / "blank.txt").write_text(" \n" * 99), "--text blank.txt", ["blank.txt", "blank"]),
+    "empty folder": (lambda p: (p / "folder").mkdir(), "--text folder", ["'folder' has no text file", ".txt"]),
+    "not UTF-8": (
+        lambda p: (p / "latin.txt").write_bytes(b"caf\xe9 " * 500),
+        "--text latin.txt",
+        ["latin.txt is not UTF-8", "0xe9", "offset 3", "iconv"],
+    ),
+    "shorter than a batch": (
+        lambda p: None,
+        "--seq-len 4096",
+        ["tokens", "batch_size=4", "seq_len=4096", "seq_len<=", "more text"],
+    ),
+    "missing tokenizer": (lambda p: None, "--tokenizer nowhere.json", ["'nowhere.json' does not exist", "'bpe'"]),
+    "broken tokenizer": (
+        lambda p: (p / "broken.json").write_text('{"version": 3'),
+        "--tokenizer broken.json",
+        ["'broken.json' cannot be read"],
+    ),
+    "a tokenizer that ends nothing": (tokenizer_without_an_end, "--tokenizer odd.json", ["odd.json", "eos_token"]),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_that_cannot_be_used(case: str, refuses: Callable[..., str], tmp_path: Path) -> None:
+    prepare, flags, words = TEXTS[case]
+    prepare(tmp_path)
+    message = refuses(1, *flags.split())
+    for word in words:
+        assert word in message
+
+
+def test_a_run_folder_that_exists_is_not_touched(refuses: Callable[..., str], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("precious")
+    message = refuses(1, "--name", "old")
+    assert str(Path("runs/old")) in message and "--name" in message
+    assert [path.name for path in folder.iterdir()] == ["summary.json"]
+    assert [path.name for path in folder.parent.iterdir()] == ["old"]  # told before the text was prepared
+    assert (folder / "summary.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("out", ["text.txt", "text.txt/runs", "/dev/null/runs"])
+def test_a_place_that_cannot_be_written(out: str, refuses: Callable[..., str]) -> None:
+    message = refuses(1, "--out", out)
+    assert f"cannot write to {out}" in message and "--out" in message
+    assert Path("text.txt").read_text() == SMALL
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(refuses: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot write to locked" in refuses(1, "--out", "locked/runs")
+    (tmp_path / "hidden").mkdir(mode=0o000)
+    assert "cannot write to hidden" in refuses(1, "--out", "hidden")
+
+
+@pytest.mark.parametrize("command", ["verify", "describe", "bench"])
+def test_other_commands_refuse_too(command: str, fails: Callable[..., str]) -> None:
+    assert "num_heads" in fails(2, command, "tp=5")
+    assert "--nonsense" in fails(2, command, "--nonsense")
+
+
+# --- describe and verify ----------------------------------------------------------------------------------
+
+
+def test_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as end:
+        main(["describe", "dp=2,tp=2,pp=2"])
+    assert end.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "layers.*.attention.q.weight" in out and "bytes, stage 1" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True])
+def test_verify_prints_one_json_object(
+    wrong: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong:
+        spoil_the_report(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        main(["verify", "dp=2", "--json", "--num-layers", "1"])
+    assert end.value.code == (1 if wrong else 0)
+    out, err = capfd.readouterr()
+    assert err == ""
+    report = json.loads(out)
+    assert report["layout"] == "dp=2"
+    assert report["ok"] is not wrong
+    assert report["max_rel_err"] <= 1e-9
+    assert report["bytes_predicted"] == report["bytes_counted"] != {}
+
+
+def spoil_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    from picotron_mini import verify
+
+    real = verify.verify
+    monkeypatch.setattr(verify, "verify", lambda *a, **k: replace(real(*a, **k), bytes_problems=("planted",)))
+
+
+@pytest.mark.slow
+def test_verify_prints_a_table(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["verify", "tp=2", "--num-layers", "1"])
+    assert end.value.code == 0
+    out = capfd.readouterr().out
+    for quantity in ("loss", "gradients", "gradient norm", "weights"):
+        assert quantity in out

@@ -1,0 +1,160 @@
+"""Parity: every layout computes what one device computes, and sends exactly the bytes that were predicted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from picotron_mini.config import AXES, ConfigError, MeshShape, ModelConfig, layout_problems
+from picotron_mini.parity import Report, table
+from picotron_mini.verify import MODEL, TRAIN, verify
+
+SHAPES = [
+    shape
+    for pp in range(1, 9)
+    for dp in range(1, 9)
+    for tp in range(1, 9)
+    if (shape := MeshShape(pp=pp, dp=dp, tp=tp)).world_size <= 8 and not layout_problems(MODEL, shape)
+]
+
+
+def expect_equal(report: Report) -> None:
+    found = [f"{d.quantity}: {d.error:.2e} at {d.where}" for d in report.differences]
+    assert report.ok, f"{report.layout}: first {report.first_divergence}; {found}; {report.bytes_problems}"
+    assert {d.quantity for d in report.differences} == {"loss", "gradients", "gradient norm", "weights"}
+
+
+def test_the_list_of_layouts_is_complete() -> None:
+    assert len(SHAPES) == 32
+    assert {shape.world_size for shape in SHAPES} == set(range(1, 9))
+    for axis in AXES:
+        assert max(getattr(shape, axis) for shape in SHAPES) == 8
+
+
+def small(layout: str, **model: object) -> ModelConfig:
+    """One layer more than there are stages: always uneven, and no slower than it must be."""
+    return replace(MODEL, num_layers=MeshShape.parse(layout).pp + 1, **model)  # type: ignore[arg-type]
+
+
+TWO_STEPS = replace(TRAIN, steps=2)
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(str(s), marks=[pytest.mark.slow] if s.world_size > 2 else []) for s in SHAPES]
+)
+def test_every_layout_equals_one_device(layout: str) -> None:
+    expect_equal(verify(layout, small(layout), TWO_STEPS))
+
+
+# Each variant changes what another part of the code sees; on four ranks or more.
+VARIANTS: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "untied head": ("tp=2,pp=2", {"tie_embeddings": False}, {}),
+    "norm on queries and keys": ("dp=2,tp=2", {"qk_norm": True}, {}),
+    "norm on queries and keys, in stages": ("tp=2,pp=2", {"qk_norm": True}, {}),
+    "all heads their own keys": ("tp=4", {"num_kv_heads": 16}, {}),
+    "documents masked": ("dp=2,pp=2", {}, {"document_mask": True}),
+    "frozen embedding": ("dp=2,pp=2", {}, {"freeze": ("embed",)}),
+    "frozen embedding and first layer": ("tp=2,pp=2", {"tie_embeddings": False}, {"freeze": ("embed", "layers.0")}),
+    "only the head trained": ("dp=2,tp=2", {"tie_embeddings": False}, {"freeze": ("embed", "layers", "norm")}),
+    "all forward, all backward": ("dp=2,pp=2", {}, {"schedule": "afab"}),
+    "one micro-batch": ("dp=2,tp=2,pp=2", {}, {"micro_batches": 1}),
+    "five micro-batches of one sequence": ("tp=2,pp=2", {}, {"micro_batch_size": 1, "micro_batches": 5}),
+    "one bucket": ("dp=2,tp=2", {}, {"bucket_mb": 100.0}),
+    "no clipping": ("dp=2,tp=2,pp=2", {}, {"clip_norm": 0.0}),
+    "vocabulary that leaves a short last slice": ("tp=4,pp=2", {"vocab_size": 59}, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str) -> None:
+    layout, model, train = VARIANTS[variant]
+    expect_equal(verify(layout, small(layout, **model), replace(TWO_STEPS, **train)))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_narrow_dtypes_are_as_exact_as_one_device_in_them(dtype: str) -> None:
+    report = verify("dp=2,tp=2", small("dp=2,tp=2"), replace(TWO_STEPS, dtype=dtype))
+    assert report.ok, report.to_dict()
+    assert report.max_rel_err > 1e-9, "a run in float64 by mistake would be exact"
+
+
+@pytest.mark.slow
+def test_the_same_layout_gives_the_same_bits_twice() -> None:
+    first, second = (verify("dp=2,tp=2,pp=2", small("pp=2"), TWO_STEPS, optimizers=["adamw"]) for _ in range(2))
+    assert [d.error for d in first.differences] == [d.error for d in second.differences]
+
+
+def scale_the_gradients() -> None:
+    """A mutant: gradients are averaged instead of summed over dp."""
+    from picotron_mini.parallel import data
+
+    finish = data.GradientBuckets.finish
+
+    def wrong(self: data.GradientBuckets) -> None:
+        finish(self)
+        for each in self.buckets:
+            each.buffer.div_(self.axis.size)
+
+    data.GradientBuckets.finish = wrong  # type: ignore[method-assign]
+
+
+def test_a_mutant_is_caught_and_named() -> None:
+    report = verify("dp=2", replace(MODEL, num_layers=1), patch=scale_the_gradients)
+    assert not report.ok
+    assert report.max_rel_err > 0.1
+    assert report.first_divergence is not None and report.first_divergence.startswith(
+        "embed.weight, step 0, rank 0, sgd"
+    )
+    assert {d.quantity: d.error <= 1e-9 for d in report.differences}["gradients"] is False
+
+
+def send_more() -> None:
+    """A mutant that computes the same and sends too much."""
+    from picotron_mini.training import step
+
+    exchange = step.sum_partial_gradients
+
+    def wrong(gradients, layout, mesh):  # type: ignore[no-untyped-def]
+        step.all_reduce(next(iter(gradients.values())).clone(), mesh["dp"])
+        exchange(gradients, layout, mesh)
+
+    step.sum_partial_gradients = wrong
+
+
+def test_bytes_that_were_not_predicted_are_caught() -> None:
+    report = verify("dp=2", replace(MODEL, num_layers=1), patch=send_more)
+    assert report.max_rel_err < 1e-9 and not report.ok
+    assert "predicted" in report.bytes_problems[0]
+
+
+def test_report_as_data_and_as_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    report = verify("tp=2", replace(MODEL, num_layers=1))
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["ok"] is True and data["layout"] == "tp=2" and data["max_rel_err"] <= 1e-9
+    assert data["bytes_predicted"] == data["bytes_counted"] > 0
+    Console(width=120).print(table(report))
+    assert "equal to one device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("tp=3", "tp=3 does not divide num_heads=16; tp could be 2 or 4"),
+        ("pp=10", "pp=10 is more than num_layers=9; use pp<=9"),
+        ("cp=2", "unknown axis 'cp'"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(layout: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        verify(layout)
+
+
+def test_freezing_what_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="freeze='embedding' begins no parameter's name"):
+        verify("dp=2", train=replace(TRAIN, freeze=("embedding",)))

@@ -1,0 +1,204 @@
+"""`picotron-mini generate`: a trained model continues a prompt, from anywhere, and a mistake gets one message."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from picotron_mini import write as write_module
+from picotron_mini.cli import main
+from picotron_mini.config import ModelConfig, UserError
+from picotron_mini.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from picotron_mini.model.generate import generate
+from picotron_mini.model.gpt import GPT, init_weights
+from picotron_mini.model.hf import save_hf
+from picotron_mini.write import load, write
+
+MODEL = ModelConfig(
+    vocab_size=257, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
+)
+
+
+def run_folder(folder: Path, tokenizer: Tokenizer, scale: float = 8.0) -> Path:
+    """What a run leaves that `generate` needs. Larger weights than usual make the random model choosy."""
+    config = ModelConfig(**{**MODEL.__dict__, "vocab_size": tokenizer.vocab_size})
+    model = GPT(config)
+    init_weights(model, 0)
+    state = {name: p.detach() * (scale if p.ndim > 1 else 1.0) for name, p in model.named_parameters()}
+    save_hf(state, config, folder / "weights")
+    tokenizer.save(folder / "weights")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_folder(tmp_path_factory.mktemp("run"), byte_tokenizer())
+
+
+@pytest.fixture(autouse=True)
+def _own_handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def said(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit status, stdout and stderr of `picotron-mini generate ARGS`."""
+
+    def run(*args: Any) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(["generate", *map(str, args)])
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+def test_continues_the_prompt(folder: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, err = said(folder, "once upon", "--max-new-tokens", "30", "--seed", "3")
+    assert (status, err) == (0, "")
+    assert out.startswith("once upon") and len(out.strip()) > len("once upon")
+    tokenizer = load_tokenizer(folder / "weights")
+    tokens = torch.tensor([tokenizer.encode("once upon")])
+    expected = generate(load(folder), tokens, 30, seed=3, stop_token=tokenizer.end)[0].tolist()
+    assert out == tokenizer.decode([t for t in expected if t != tokenizer.end]) + "\n"
+
+
+def test_the_seed_decides(folder: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    length = ("--max-new-tokens", "40")
+    texts = [said(folder, "x", *length, "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    greedy = [said(folder, "x", *length, "--temperature", "0", "--seed", seed)[1] for seed in ("1", "2")]
+    assert greedy[0] == greedy[1]
+
+
+def test_from_another_folder_and_from_the_weights_themselves(
+    folder: Path, said: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = said(folder, "x", "--max-new-tokens", "20")
+    monkeypatch.chdir(tmp_path)
+    assert said(folder, "x", "--max-new-tokens", "20") == expected
+    monkeypatch.chdir(folder.parent)
+    for other in (folder.name, folder / "weights"):
+        assert said(other, "x", "--max-new-tokens", "20") == expected
+
+
+def test_the_prompt_may_be_left_out_or_empty(folder: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    assert said(folder, "--max-new-tokens", "5")[1].startswith("def ")
+    status, out, err = said(folder, "", "--max-new-tokens", "5")
+    assert (status, err) == (0, "")
+    assert "<|endoftext|>" not in out
+
+
+def test_each_piece_is_printed_as_it_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A character of several bytes is held back until it is whole; nothing that was printed changes."""
+    text = "aäß€😀z"
+    tokenizer = byte_tokenizer()
+    shown: list[tuple[str, bool]] = []
+    ids = [*tokenizer.encode(text), tokenizer.end, 65]
+    monkeypatch.setattr(write_module, "stream", lambda *a, **k: (torch.tensor([t]) for t in ids))
+    monkeypatch.setattr("builtins.print", lambda *a, end="\n", flush=False: shown.append(("".join(a) + end, flush)))
+    write(str(folder), "<", 99, 1.0, 0, 0, "cpu")
+    assert [piece for piece, _ in shown] == ["<a", *text[1:], "\n"]
+    assert all(flush for _, flush in shown[:-1])
+
+
+def test_text_that_ends_within_a_character_is_not_lost(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_module, "stream", lambda *a, **k: (torch.tensor([t]) for t in b"ab\xe2"))
+    write(str(folder), "<", 3, 1.0, 0, 0, "cpu")
+    assert capsys.readouterr().out == "<ab\ufffd\n"
+
+
+def test_with_a_bpe(tmp_path: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    folder = run_folder(tmp_path / "run", train_bpe(["the cat sat on the mat and the dog ate the cat " * 20], 280))
+    status, out, err = said(folder, "the cat", "--max-new-tokens", "20")
+    assert (status, err) == (0, "")
+    assert out.startswith("the cat")
+
+
+# --- what cannot work -------------------------------------------------------------------------------------
+
+
+def broken_weights(folder: Path) -> None:
+    (folder / "weights" / "model.safetensors").write_bytes(b"not weights")
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "weights" / "tokenizer.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "weights" / "config.json").write_text("{")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "weights" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (broken_weights, "model.safetensors"),
+        (no_tokenizer, "tokenizer.json"),
+        (broken_config, "config.json"),
+        (no_weights, "holds no weights"),
+    ],
+)
+def test_a_damaged_folder(
+    spoil: Callable[[Path], None], words: str, tmp_path: Path, said: Callable[..., tuple[int, str, str]]
+) -> None:
+    spoil(run_folder(tmp_path / "run", byte_tokenizer()))
+    status, out, err = said(tmp_path / "run")
+    assert status == 1
+    assert out == ""
+    assert err.startswith("error: ") and words in err and "Traceback" not in err and err.count("error:") == 1
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "empty"])
+def test_not_a_run(name: str, tmp_path: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").mkdir()
+    status, out, err = said(tmp_path / name)
+    assert (status, out) == (1, "")
+    assert err == f"error: {tmp_path / name} holds no weights; give the folder of a finished run, as runs/my-run\n"
+
+
+@pytest.mark.parametrize("flags", ["--temperature -1", "--top-k -1", "--max-new-tokens -1"])
+def test_numbers_out_of_range(flags: str, folder: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, err = said(folder, "x", *flags.split())
+    assert (status, out) == (2, "")
+    assert "cannot be negative" in err and "-1" in err
+
+
+def test_a_gpu_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda, and torch sees no GPU; use --device cpu"):
+        write(str(folder), "x", 1, 1.0, 0, 0, "cuda")
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
+    command = f"{sys.executable} -m picotron_mini generate {folder} xxxxx --max-new-tokens 2000 | head -c 5"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "xxxxx"
+    assert done.stderr == ""
+
+
+def test_the_model_is_that_of_the_weights(folder: Path) -> None:
+    config = json.loads((folder / "weights" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    model = load(folder)
+    assert model.config.hidden_size == config["hidden_size"] == 32
+    assert not model.training
