@@ -60,9 +60,10 @@ def reduced_too_early() -> None:
 
     def reset(self: GradientBuckets) -> None:
         real(self)
-        self.arm()
+        self.armed = True
 
     GradientBuckets.reset = reset
+    GradientBuckets.arm = lambda self: None
 
 
 def norm_counts_copies() -> None:

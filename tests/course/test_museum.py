@@ -68,7 +68,7 @@ def test_unknown_exhibit_is_named() -> None:
 def test_show_tells_story_and_source(capsys: pytest.CaptureFixture[str]) -> None:
     show("03.parameter_reduced")
     shown = capsys.readouterr().out
-    assert "picotron's naive data parallel" in shown
+    assert "naive data parallel of huggingface/picotron" in shown
     assert "Killed on: dp=2" in shown
     assert "def parameter_reduced()" in shown
 
