@@ -1,13 +1,17 @@
 """The bug museum: real bugs of real trainers, each of them a small change to this library that anyone can run.
 
     show("03.parameter_reduced")             the story, and the mutant's source
-    run("03.parameter_reduced", "dp=2")      `verify` with the mutant: which number diverges first
+    run("03.parameter_reduced", "dp=2")      the oracle with the mutant: which number diverges first
     kill("03.parameter_reduced", my_test)    does a learner's own test notice it?
 
 A mutant is a function that is called inside each rank before anything else and replaces a part of the library there;
 the process that started the ranks, and the next launch, never see it. Most of these bugs crash nothing. They train,
 the loss falls, and the result is not what one device would have computed. So each exhibit names the layouts on which
-`verify` must kill it, and those on which it is invisible (usually the ones that people test on). A test runs all.
+its oracle must kill it, and those on which it is invisible (usually the ones that people test on). A test runs all.
+
+The oracle is `verify`. What `verify` does not look at (which rows a batch holds, what a checkpoint brings back) an
+exhibit judges by a `check` of its own. That is a test in the form of a learner's: called on every rank with the mesh,
+it raises where something is wrong, and it must pass on the sound library.
 
 Exhibits are the lists `EXHIBITS` of `course/exhibits_*.py`.
 """
@@ -38,6 +42,25 @@ TRAIN = TrainConfig(
 )  # fmt: skip
 
 
+PATIENCE = 60.0  # seconds for a test on all ranks; then they are taken to wait for each other
+Test = Callable[[Mesh], object]  # called on every rank; raises (as `assert` does) on some rank if something is wrong
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a test said on all ranks of a layout; has the attributes of a `Report` that a lesson reads.
+
+    Attributes:
+        first_divergence: the first rank that raised and its last line; None: no rank did.
+    """
+
+    first_divergence: str | None
+
+    @property
+    def ok(self) -> bool:
+        return self.first_divergence is None
+
+
 @dataclass(frozen=True)
 class Exhibit:
     """One bug.
@@ -47,9 +70,12 @@ class Exhibit:
         story: what happened, where it was found, and why nobody saw it.
         symptom: what a run with it looks like.
         patch: mutates the library inside a rank; importable, so that it can be sent there.
-        killed_on: layouts on which `verify` fails with it.
-        survives_on: layouts on which it changes nothing, or nothing that `verify` can see.
-        model: a model that has what the bug needs.
+        killed_on: layouts on which the oracle fails with it.
+        survives_on: layouts on which it changes nothing, or nothing that the oracle can see.
+        model, train: for `verify`, a model that has what the bug needs.
+        check: the oracle in place of `verify`, importable as `patch` is. A patch replaces attributes of modules, so
+            it must look up what it calls there: `loader.row_order(...)`, not a name that was imported alone. The
+            first line of its docstring says what it demands.
     """
 
     id: str
@@ -61,6 +87,7 @@ class Exhibit:
     survives_on: tuple[str, ...] = ("dp=1",)
     model: ModelConfig = MODEL
     train: TrainConfig = TRAIN
+    check: Test | None = None
 
     @property
     def chapter(self) -> str:
@@ -90,26 +117,48 @@ def show(exhibit_id: str) -> None:
     print(f"{item.title}\n")
     print(textwrap.fill(item.story, 100))
     print(f"\nWhat one sees: {textwrap.fill(item.symptom, 100)}")
+    if item.check is not None:
+        print(f"What notices it: {(inspect.getdoc(item.check) or '').splitlines()[0]}")
     print(f"Killed on: {' · '.join(item.killed_on)}. Invisible on: {' · '.join(item.survives_on) or 'nothing'}.\n")
     print(inspect.getsource(item.patch).rstrip())
 
 
-def run(exhibit_id: str, layout: str, **options: Any) -> Report:
-    """`verify` with the mutant in every rank.
+def run(exhibit_id: str, layout: str, **options: Any) -> Report | Verdict:
+    """The exhibit's oracle, with the mutant in every rank.
 
     Args:
-        options: further arguments of `verify`, as `optimizers`.
+        options: further arguments of `verify`, as `optimizers`; a check of the exhibit's own takes none.
 
     Raises:
-        RankError: the mutant made a rank fail.
+        RankError: the mutant made a rank of `verify` fail.
     """
     item = exhibit(exhibit_id)
+    if item.check is not None:
+        return ask(item.check, layout, item.patch, **options)
     return verify(layout, item.model, item.train, patch=item.patch, **options)
 
 
-def kill(
-    exhibit_id: str, test: Callable[[Mesh], object] | None = None, layout: str | None = None, *, record: bool = True
-) -> Outcome:
+def ask(test: Test, layout: str, patch: Callable[[], None] | None = None) -> Verdict:
+    """Call a test on every rank of a layout, in the sound library or with a mutant in it.
+
+    Returns:
+        Not ok if any rank raised, or if they were not done after a minute.
+    """
+    shape = MeshShape.parse(layout)
+    try:
+        launch(_on_rank, test, shape, patch, world_size=shape.world_size, timeout=PATIENCE, output="hide")
+    except (RankError, UserError) as error:
+        return Verdict(one_line(error))
+    return Verdict(None)
+
+
+def _on_rank(test: Test, shape: MeshShape, patch: Callable[[], None] | None) -> None:
+    if patch is not None:
+        patch()
+    test(Mesh.build(shape))
+
+
+def kill(exhibit_id: str, test: Test | None = None, layout: str | None = None, *, record: bool = True) -> Outcome:
     """Say whether a learner's test tells the sound library from the mutant, in one printed line.
 
     Args:
@@ -118,28 +167,19 @@ def kill(
         layout: where it runs; None: the first layout on which the bug shows.
     """
     item = exhibit(exhibit_id)
-    outcome = _judge(item, test, MeshShape.parse(layout or item.killed_on[0]))
+    outcome = _judge(item, test, layout or item.killed_on[0])
     print(outcome)
     if outcome.passed and record:
         record_pass(exhibit_id)
     return outcome
 
 
-def _judge(item: Exhibit, test: Callable[[Mesh], object] | None, shape: MeshShape) -> Outcome:
+def _judge(item: Exhibit, test: Test | None, layout: str) -> Outcome:
     if test is None or is_empty(test):
         return Outcome(item.id, "not attempted yet")
-    try:
-        launch(_on_rank, test, shape, None, world_size=shape.world_size, timeout=60, output="hide")
-    except (RankError, UserError) as error:
-        return Outcome(item.id, "failed", f"the test fails on the sound library: {one_line(error)}")
-    try:
-        launch(_on_rank, test, shape, item.patch, world_size=shape.world_size, timeout=60, output="hide")
-    except RankError:
-        return Outcome(item.id, "passed")
-    return Outcome(item.id, "failed", f"the test passes with the bug in the library. What one sees: {item.symptom}")
-
-
-def _on_rank(test: Callable[[Mesh], object], shape: MeshShape, patch: Callable[[], None] | None) -> None:
-    if patch is not None:
-        patch()
-    test(Mesh.build(shape))
+    sound = ask(test, layout)
+    if not sound.ok:
+        return Outcome(item.id, "failed", f"the test fails on the sound library: {sound.first_divergence}")
+    if ask(test, layout, item.patch).ok:
+        return Outcome(item.id, "failed", f"the test passes with the bug in the library. What one sees: {item.symptom}")
+    return Outcome(item.id, "passed")

@@ -1,10 +1,12 @@
-"""Every exhibit of the bug museum is killed by `verify` where it says so, and there the sound library passes."""
+"""Every exhibit of the bug museum is killed by its oracle where it says so, and there the sound library passes."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,13 @@ import torch
 
 from picotron_mini.collectives import all_reduce
 from picotron_mini.config import ModelConfig, TrainConfig, UserError
-from picotron_mini.course.museum import Exhibit, exhibit, exhibits, kill, run, show
+from picotron_mini.course import museum
+from picotron_mini.course.museum import Exhibit, Test, Verdict, ask, exhibit, exhibits, kill, run, show
+from picotron_mini.data import loader
 from picotron_mini.launch import RankError
 from picotron_mini.mesh import Mesh
 from picotron_mini.parallel.data import GradientBuckets
+from picotron_mini.parity import Report
 from picotron_mini.verify import verify
 
 ALL = exhibits()
@@ -24,27 +29,33 @@ SURVIVES = [(item, layout) for item in ALL.values() for layout in item.survives_
 SGD = ("sgd",)  # it shows scales, which AdamW hides
 
 
+def judged(item: Exhibit, layout: str) -> Report | Verdict:
+    return run(item.id, layout, **({} if item.check else {"optimizers": SGD}))
+
+
 @functools.cache
-def sound(layout: str, model: ModelConfig, train: TrainConfig) -> bool:
-    return verify(layout, model, train, optimizers=SGD).ok
+def sound(check: Test | None, layout: str, model: ModelConfig, train: TrainConfig) -> Report | Verdict:
+    return ask(check, layout) if check else verify(layout, model, train, optimizers=SGD)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("item", "layout"), KILLED, ids=[f"{item.id}-{layout}" for item, layout in KILLED])
 def test_exhibit_is_killed(item: Exhibit, layout: str) -> None:
     try:
-        report = run(item.id, layout, optimizers=SGD)
+        report = judged(item, layout)
         assert not report.ok
-        assert report.max_rel_err > 1e-6, "only the bytes differ"
+        assert isinstance(report, Verdict) or report.max_rel_err > 1e-6, "only the bytes differ"
     except RankError:
         pass  # a crash is noticed too
-    assert sound(layout, item.model, item.train)
+    found = sound(item.check, layout, item.model, item.train)
+    assert found.ok, found.first_divergence
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("item", "layout"), SURVIVES, ids=[f"{item.id}-{layout}" for item, layout in SURVIVES])
 def test_exhibit_is_invisible_elsewhere(item: Exhibit, layout: str) -> None:
-    assert run(item.id, layout, optimizers=SGD).ok
+    report = judged(item, layout)
+    assert report.ok, report.first_divergence
 
 
 @pytest.mark.parametrize("item", ALL.values(), ids=list(ALL))
@@ -53,6 +64,9 @@ def test_exhibit_is_whole(item: Exhibit) -> None:
     assert item.title and item.symptom and item.patch.__doc__
     assert item.story.count(".") >= 2
     assert pickle.loads(pickle.dumps(item.patch)) is item.patch  # so that ranks can be given it
+    if item.check is not None:
+        assert inspect.getdoc(item.check)  # `show` prints its first line
+        assert pickle.loads(pickle.dumps(item.check)) is item.check  # by name: by value it would not see the patch
 
 
 def test_real_bugs_are_there() -> None:
@@ -127,3 +141,57 @@ def test_kill_runs_on_the_layout_that_is_asked_for() -> None:
 
     outcome = kill("03.parameter_reduced", four, "dp=4", record=False)
     assert outcome.hint.startswith("the test passes with the bug")
+
+
+def everyone_gets_the_first_rows() -> None:
+    """A mutant that `verify` cannot see in one rank, and that this file's check can."""
+    real = loader.data_rows
+    loader.data_rows = lambda size, dp, index, *rest: real(size, dp, 0, *rest)  # type: ignore[assignment]
+
+
+def rows_are_divided(mesh: Mesh) -> None:
+    """Each data rank has rows of its own.
+
+    Not more.
+    """
+    dp = mesh["dp"]
+    assert loader.data_rows(8, dp.size, dp.index).start == dp.index * 8 // dp.size, "another rank's rows"
+
+
+@pytest.fixture
+def own_oracle(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of an exhibit that is judged by a check of its own."""
+    item = Exhibit(
+        id="99.first_rows", title="The first rows for all", story="One. Two.", symptom="equal losses on all ranks.",
+        patch=everyone_gets_the_first_rows, killed_on=("dp=2",), check=rows_are_divided,
+    )  # fmt: skip
+    monkeypatch.setattr(museum, "exhibits", lambda: {item.id: item})
+    return item.id
+
+
+def test_an_exhibit_may_have_an_oracle_of_its_own(own_oracle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = run(own_oracle, "dp=2")
+    assert not broken.ok
+    assert broken.first_divergence == "on rank 1: AssertionError: another rank's rows"
+    assert run(own_oracle, "dp=1") == ask(rows_are_divided, "dp=2") == Verdict(None)
+    assert Verdict(None).ok
+    with pytest.raises(TypeError, match="optimizers"):  # said, not swallowed
+        run(own_oracle, "dp=1", optimizers=SGD)
+
+    show(own_oracle)
+    assert "What notices it: Each data rank has rows of its own.\nKilled on: dp=2." in capsys.readouterr().out
+    assert kill(own_oracle, rows_are_divided, record=False).passed
+
+
+def test_a_check_that_never_ends_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_waits(mesh: Mesh) -> None:
+        if mesh.rank == 0:
+            all_reduce(torch.ones(1), mesh["dp"])
+            all_reduce(torch.ones(1), mesh["dp"])
+        else:
+            all_reduce(torch.ones(1), mesh["dp"])
+            threading.Event().wait()
+
+    monkeypatch.setattr(museum, "PATIENCE", 3)
+    waited = ask(first_waits, "dp=2").first_divergence
+    assert waited is not None and "the ranks wait for each other" in waited
