@@ -1,0 +1,148 @@
+"""What chapter 05 shows: real timelines beside simulated ones, bytes that autograd keeps, messages in order."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from picotron_mini.config import MeshShape, ModelConfig
+from picotron_mini.course.chapter_05 import slow_links
+from picotron_mini.course.in_order import messages_in_order
+from picotron_mini.course.saved import SavedBytes
+from picotron_mini.course.timeline import draw_timelines, merge, pretend, timed
+from picotron_mini.launch import RankError
+from picotron_mini.mesh import Mesh
+from picotron_mini.model.costs import layer_activation_bytes
+from picotron_mini.model.gpt import GPT
+from picotron_mini.parallel.pipeline import run_pipeline
+from picotron_mini.parallel.schedules import SCHEDULES, Action, Event, Timeline, simulate
+
+FORWARD, BACKWARD = 0.01, 0.02
+CONFIG = ModelConfig(
+    vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4
+)
+
+
+def run(mesh: Mesh, name: str, m: int, forward, gradient_axis=None) -> None:
+    axis = mesh["pp"]
+    run_pipeline(
+        SCHEDULES[name](axis.index, axis.size, m), forward=forward, axis=axis,
+        gradient_axis=gradient_axis or mesh["pp.backward"], shape=(4,), dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def traced(name: str, stages: int, m: int) -> list[Event]:
+    mesh = Mesh.build(MeshShape(pp=stages))
+    events: list[Event] = []
+    weight = torch.ones(4, requires_grad=True)
+
+    def stage(number: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        x = pretend(weight * (1.0 if hidden is None else hidden), FORWARD, BACKWARD)
+        return x.sum() if mesh["pp"].index == stages - 1 else x
+
+    run(mesh, name, m, timed(stage, mesh["pp"].index, events))
+    return events
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_real_run_becomes_a_timeline(ranks, name: str) -> None:
+    stages, m = 3, 5
+    timeline = merge(ranks(traced, name, stages, m, world_size=stages))
+    simulated = simulate(SCHEDULES[name], stages, m, FORWARD, BACKWARD)
+    assert timeline.peak_live == simulated.peak_live
+    assert min(event.start for event in timeline.events) == 0
+    at = {(event.stage, event.action): event for event in timeline.events}
+    assert len(at) == len(timeline.events) == 2 * m * stages
+    for stage in range(stages):  # each stage did what it was told, in order
+        mine = [event.action for event in timeline.events if event.stage == stage]
+        assert mine == SCHEDULES[name](stage, stages, m)
+    for event in timeline.events:  # at least as long as it slept, and never before its input was there
+        assert event.end - event.start > 0.9 * (FORWARD if event.action.kind == "forward" else BACKWARD)
+        before = event.stage - 1 if event.action.kind == "forward" else event.stage + 1
+        if 0 <= before < stages:
+            assert event.start > at[before, event.action].start
+    assert timeline.total > 0.9 * simulated.total
+
+
+def test_pretending_changes_no_gradient() -> None:
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    (pretend(x, 0.0, 0.0) ** 2).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [4.0, 6.0]
+
+
+def test_drawing_of_timelines() -> None:
+    timelines = {name: simulate(SCHEDULES[name], 4, 6) for name in SCHEDULES}
+    picture = draw_timelines(timelines, "two schedules", unit="forwards", same_clock=True)
+    svg = picture._repr_svg_()
+    ElementTree.fromstring(svg)
+    assert repr(picture) == "two schedules"
+    assert re.findall(r">(\w+): (\d+) % idle<", svg) == [("afab", "33"), ("1f1b", "33")]
+    assert svg.count(">5<") >= 2 * 2 * 4  # the last micro-batch, forward and backward, on each stage of both
+    assert svg == draw_timelines(timelines, "", unit="forwards", same_clock=True)._repr_svg_()
+
+
+def test_drawing_leaves_out_numbers_that_do_not_fit() -> None:
+    events = tuple(Event(0, Action("forward", m), m * 1.0, m + 0.5) for m in range(200))
+    assert ">7<" not in draw_timelines({"long": Timeline(events)}, "", unit="")._repr_svg_()
+
+
+def test_saved_bytes_are_those_of_the_formula_and_go_with_the_backward() -> None:
+    model = GPT(CONFIG, layers=[0, 1], embed=False, head=False)
+    positions = torch.arange(6)[None]
+    saved = SavedBytes(model.parameters())
+    outputs = []
+    for live in (1, 2, 3):
+        x = torch.randn(2, 6, 8, requires_grad=True)
+        with saved.watching():
+            outputs.append(model(x, positions))
+        tables = 2 * (6 * 2 * 4)  # cosines and sines [1, 1, T, Dh / 2], made anew in each forward
+        assert saved.now == saved.peak == live * (2 * (2 * 6) * layer_activation_bytes(CONFIG) + tables)
+    for left in (2, 1, 0):
+        outputs.pop().sum().backward()
+        assert saved.now * 3 == saved.peak * left
+
+
+def test_saved_bytes_count_shared_memory_once_and_owned_memory_never() -> None:
+    weight = torch.ones(10, requires_grad=True)
+    x = torch.ones(10, requires_grad=True)
+    for owned, kept in (((), 80), ((weight,), 40), ((weight, x), 0)):
+        saved = SavedBytes(owned)
+        with saved.watching():
+            y = weight * x + weight * x.view(2, 5).view(10)  # each product keeps both of its factors
+        assert saved.now == kept
+        del y
+        assert saved.now == 0 and saved.peak == kept
+
+
+def in_order(one_group: bool, m: int) -> float:
+    messages_in_order()
+    mesh = Mesh.build(MeshShape(pp=2))
+    weight = torch.ones(4, requires_grad=True)
+
+    def stage(number: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        x = weight * (number + 1.0 if hidden is None else hidden)
+        return x.sum() if mesh["pp"].index == 1 else x
+
+    run(mesh, "1f1b", m, stage, mesh["pp"] if one_group else None)
+    assert weight.grad is not None
+    return weight.grad.sum().item()
+
+
+def test_two_groups_finish_where_one_waits_for_ever(ranks) -> None:
+    assert ranks(in_order, False, 4, world_size=2) == [40.0, 40.0]
+    assert ranks(in_order, True, 2, world_size=2) == [12.0, 12.0]  # too few micro-batches to meet on the way
+    with pytest.raises(RankError, match=r"(?s)Still running: 2.*in run_backward_of.*in run_forward_of"):
+        ranks(in_order, True, 4, world_size=2, timeout=10)
+
+
+def test_the_schedule_for_slow_links_is_as_fast_as_can_be_until_a_message_takes_half_a_turn() -> None:
+    for cost, equal in ((0.5, True), (1.5, True), (2.0, False)):
+        deep = simulate(slow_links, 4, 32, send_cost=cost)
+        wide = simulate(SCHEDULES["afab"], 4, 32, send_cost=cost)
+        assert (deep.total == wide.total) == equal
+        assert deep.peak_live == (7, 5, 3, 1)
+        assert simulate(SCHEDULES["1f1b"], 4, 32, send_cost=cost).total > wide.total
