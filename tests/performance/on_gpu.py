@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from picotron_mini.bench import bench
+from picotron_mini.launch import RankError
 from picotron_mini.presets import preset
 from picotron_mini.verify import MODEL, TRAIN, verify
 
@@ -29,10 +30,16 @@ def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: ob
     run = preset("bench")
     sizes = {"micro_batch_size": micro_batch_size, "micro_batches": micro_batches}
     run = replace(run, layout=layout, train=replace(run.train, **sizes, **train))
-    result = {"what": "bench", **bench(run)}
+    what = f"bench {layout} {micro_batch_size} x {micro_batches} {train}"
+    try:
+        result = {"what": "bench", **bench(run)}
+    except RankError as error:
+        if "OutOfMemoryError" not in str(error):
+            raise
+        print(f"{what}: out of memory", flush=True)
+        return {"what": "bench", "layout": layout, **sizes, **train, "out_of_memory": True}
     print(
-        f"bench {layout} {micro_batch_size} x {micro_batches} {train}: {result['tokens_per_second_per_rank']:,.0f} "
-        f"tokens/s per GPU, MFU {100 * (result['mfu'] or 0):.1f} %, "
+        f"{what}: {result['tokens_per_second_per_rank']:,.0f} tokens/s per GPU, MFU {100 * (result['mfu'] or 0):.1f} %, "
         f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB, "
         f"8192^3 product {result['matmul_tflops']:.0f} TFLOP/s",
         flush=True,
@@ -52,7 +59,7 @@ def main() -> None:
         results.append(verified(layout, dtype="float64"))
         results.append(verified(layout, dtype="float32", compile=True))
         results.append(verified(layout, dtype="bfloat16", compile=True))
-    sizes = [(4, 4)] if quick else [(4, 4), (8, 2), (16, 1)]
+    sizes = [(4, 4)] if quick else [(4, 4), (6, 3), (8, 2)]
     for micro_batch_size, micro_batches in sizes:
         for layout in layouts:
             results.append(measured(layout, micro_batch_size, micro_batches))
