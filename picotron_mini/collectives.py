@@ -235,6 +235,34 @@ def all_reduce_async(x: Tensor, axis: Axis) -> Work:
     return _started(dist.all_reduce(x, group=axis.group, async_op=True))
 
 
+def all_gather_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
+    """Start putting the ranks' x, in rank order, into `out`; both must be kept and left alone until `wait()`.
+
+    Args:
+        out: contiguous, as many elements as all the x together.
+        x: contiguous, of one size on every rank.
+    """
+    if axis.size == 1:
+        out.copy_(x.view_as(out))
+        return Done()
+    ledger.record(axis.key, "all_gather", x)
+    return _started(_gather(out.view(-1), x.view(-1), group=axis.group, async_op=True))
+
+
+def reduce_scatter_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
+    """Start summing x over the axis; `out` gets this rank's part of the sum. Both must be kept until `wait()`.
+
+    Args:
+        out: contiguous, 1 / axis.size of the elements of x.
+        x: contiguous, the ranks' parts one behind the other.
+    """
+    if axis.size == 1:
+        out.copy_(x.view_as(out))
+        return Done()
+    ledger.record(axis.key, "reduce_scatter", x)
+    return _started(_scatter(out.view(-1), x.view(-1), group=axis.group, async_op=True))
+
+
 def send(x: Tensor, axis: Axis, to: int) -> Work:
     """Start sending x to coordinate `to`; x must be kept alive and unchanged until `wait()`."""
     ledger.record(axis.key, "send", x)

@@ -139,6 +139,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # 0: do not clip
     freeze: tuple[str, ...] = ()  # parameters that stay as they are, by how their names begin, as embed or layers.0
     bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB
+    zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
     eval_every: int = 100  # steps between validations; 0: only at the end
     eval_batches: int = 8
     seed: int = 0
@@ -281,6 +282,10 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     for name in ("beta1", "beta2", "min_lr_ratio"):
         if not 0 <= getattr(train, name) <= 1:
             found.append(f"{name}={getattr(train, name)} must lie between 0 and 1")
+    if train.zero not in (0, 1, 2, 3):
+        found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
+    elif train.zero and mesh.dp == 1:
+        found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
     if not 0 < run.data.val_fraction < 1:
         found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
     if found:
@@ -326,7 +331,7 @@ def _read(hint: Any, value: Any, name: str) -> Any:
         return tuple(value)
     if get_origin(hint) is Literal:
         if value not in choices:
-            raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
         return value
     if hint is float and type(value) is int:
         return float(value)

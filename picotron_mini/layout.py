@@ -15,7 +15,7 @@ ceiling of total / parts but the last ones, which may be short or even empty: 5 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import MeshShape
@@ -24,7 +24,12 @@ from .mesh import coordinates
 
 @dataclass(frozen=True)
 class Shard:
-    """One tensor dim cut over one mesh axis: the rank with index i holds `ranges[i]`."""
+    """One tensor dim cut over one mesh axis: the rank with index i holds `ranges[i]`.
+
+    Where an earlier shard of the same placement has cut this dim already, the ranges are inside that part. Parts may
+    be uneven; the ranges are then those of the longest part (the first), and what lies beyond a shorter part's end is
+    not there. So all ranks pad to the same size.
+    """
 
     axis: str
     dim: int
@@ -48,7 +53,8 @@ class Placement:
         """Which part of the global tensor the rank with these coordinates holds."""
         out = [slice(0, n) for n in self.shape]
         for shard in self.shards:
-            out[shard.dim] = slice(*shard.ranges[index[shard.axis]])
+            outer, (start, stop) = out[shard.dim], shard.ranges[index[shard.axis]]
+            out[shard.dim] = slice(min(outer.start + start, outer.stop), min(outer.start + stop, outer.stop))
         return tuple(out)
 
     def local_shape(self, index: Mapping[str, int]) -> tuple[int, ...]:
@@ -60,6 +66,10 @@ class Placement:
         for length in self.local_shape(index):
             size *= length
         return size
+
+    def without(self, axis: str) -> Placement:
+        """The same without the cut over `axis`: what its ranks have once they have put their parts together."""
+        return replace(self, shards=tuple(shard for shard in self.shards if shard.axis != axis))
 
     def counts(self, index: Mapping[str, int]) -> bool:
         """Whether this rank is the one, of those with the same copy, that a sum over all ranks should count."""

@@ -37,7 +37,7 @@ def held(parameter: Json, coordinates: dict[str, int]) -> list[tuple[int, int]] 
     for shard in parameter["shards"]:
         start, end = shard["ranges"][coordinates[shard["axis"]]]
         low, high = ranges[shard["dim"]]
-        ranges[shard["dim"]] = (max(low, start), min(high, end))
+        ranges[shard["dim"]] = (min(low + start, high), min(low + end, high))  # a cut of what earlier cuts left
     return ranges if all(low < high for low, high in ranges) else None
 
 

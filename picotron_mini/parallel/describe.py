@@ -24,14 +24,34 @@ WHEN = {
 }
 
 
+ZERO = {  # ... and with zero=1, 2, 3
+    ("dp", "all_reduce"): ["the number of targets"] * 3,
+    ("dp", "reduce_scatter"): [
+        "gradients, while the last micro-batch's backward runs",
+        "gradients, while each micro-batch's backward runs",
+        "gradients of each unit after its backward, in each micro-batch",
+    ],
+    ("dp", "all_gather"): [
+        "the updated weights, after the optimizer",
+        "the updated weights, after the optimizer",
+        "weights of each unit, while the unit before it runs forward, and the one above it backward",
+    ],
+}
+
+
+def _when(run: RunConfig, key: tuple[str, str]) -> str:
+    return ZERO[key][run.train.zero - 1] if run.train.zero and key in ZERO else WHEN[key]
+
+
 def describe(run: RunConfig) -> RenderableType:
     """Tables for a terminal or a notebook (through `rich.print`).
 
     Args:
         run: resolved, with the vocabulary's size filled.
     """
-    layout = layout_of(run.model, run.mesh, run.train.seq_len)
-    places = Table(title=f"where the parameters live: {run.layout}", title_justify="left")
+    layout = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero)
+    what = "masters and gradients" if run.train.zero in (1, 2) else "parameters"
+    places = Table(title=f"where the {what} live: {run.layout}", title_justify="left")
     for column in ("parameter", "shape", "stages", "split", "gradient summed over"):
         places.add_column(column)
     stages = stage_layers(run.model, run.mesh.pp, run.train.seq_len)
@@ -54,7 +74,7 @@ def describe(run: RunConfig) -> RenderableType:
     per_stage = [predict_step(run, layout, coordinates(run.mesh, rank)) for rank in columns]
     for axis, operation in sorted({key for traffic in per_stage for key in traffic}):
         numbers = [f"{traffic[axis, operation]:,}" for traffic in per_stage]
-        bytes_.add_row(axis, operation, WHEN[axis, operation], *numbers)
+        bytes_.add_row(axis, operation, _when(run, (axis, operation)), *numbers)
     return Group(places, bytes_)
 
 

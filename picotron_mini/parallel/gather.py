@@ -29,8 +29,10 @@ def gather(
     index, home, whole = coordinates(mesh.shape, mesh.rank), placement.stages[0], None
     if index["pp"] == home and local is not None:
         whole = local.detach()
-        for shard in placement.shards:
-            whole = all_gather(whole, mesh[shard.axis], shard.dim, placement.shape[shard.dim])
+        for shard in reversed(placement.shards):  # the last cut is the first to be put together
+            placement = placement.without(shard.axis)
+            whole = all_gather(whole, mesh[shard.axis], shard.dim, shard.ranges[-1][1])
+            whole = whole.narrow(shard.dim, 0, placement.local_shape(index)[shard.dim])
     if home != 0 and index["dp"] == index["tp"] == 0:
         if whole is not None:
             send(whole.contiguous(), mesh["pp"], 0).wait()

@@ -5,7 +5,7 @@
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
     5 compile    the blocks, with the exchanges of 2 inside them
-    6 data       last, because it takes the parameters as they are now
+    6 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
 
 Also here: `layout_of`, which says before any process exists where everything will be, and `describe`, which prints it.
 """
@@ -17,14 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MeshShape, ModelConfig, RunConfig
+from ..config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig
 from ..layout import Layout, Placement, Shard, split
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
 from .data import GradientBuckets
+from .rows import alike
 from .schedules import balance
 from .tensor import is_partial, sharded_dim, tensor_parallel
+from .zero import ShardedGradients
+from .zero3 import ShardedWeights, empty
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,8 +41,8 @@ class Parallel:
     layout: Layout
     model: GPT  # this stage's layers, this rank's slices
     parameters: dict[str, nn.Parameter]  # by global name
-    masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters
-    gradients: GradientBuckets
+    masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters, or its rows
+    gradients: GradientBuckets | ShardedGradients | ShardedWeights
     device: torch.device
 
     @property
@@ -59,8 +62,12 @@ def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     return balance(costs, stages, last_extra=head_flops(model))
 
 
-def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
-    """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch."""
+def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int, zero: int = 0) -> Layout:
+    """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch.
+
+    With `zero` it is where the master and the gradient live; the weights that compute uses are cut like them by zero=3
+    only, and else not over dp.
+    """
     stages = stage_layers(model, mesh.pp, seq_len)
     out = {}
     for name, shape in parameter_shapes(model).items():
@@ -73,7 +80,12 @@ def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
         else:
             holders = (mesh.pp - 1,)
         dim = sharded_dim(name)
-        shards = (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
+        shards: tuple[Shard, ...] = (
+            (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
+        )
+        if zero:
+            rows = shards[0].ranges[0][1] if dim == 0 and shards else shape[0]  # of the longest part
+            shards += (Shard("dp", 0, split(rows, mesh.dp)),)
         if is_partial(name):
             sum_axes += ("tp",)
         if len(holders) > 1:
@@ -102,7 +114,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """
     config, train = run.model, run.train
     index = coordinates(mesh.shape, mesh.rank)
-    layout = layout_of(config, mesh.shape, train.seq_len)
+    layout = layout_of(config, mesh.shape, train.seq_len, train.zero)
 
     # 1 pipeline, 2 tensor: on the meta device, where tensors have shapes and no memory
     layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
@@ -111,7 +123,10 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     tensor_parallel(model, mesh["tp"])
 
     # 3 weights
-    model.to_empty(device=device)
+    if train.zero == 3:  # the whole is never here at once
+        model._apply(lambda weight: empty(weight, device))
+    else:
+        model.to_empty(device=device)
     parameters = {global_name(config, name): p for name, p in model.named_parameters()}
     dtype = DTYPES[train.dtype]
     master_dtype = torch.promote_types(dtype, torch.float32)
@@ -121,9 +136,14 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         whole = initial_weight(config, name, place.shape, train.seed, device)
         masters[name] = whole[place.slices(index)].to(master_dtype, copy=True)
         # 4 precision
-        parameter.data = masters[name] if dtype == master_dtype else masters[name].to(dtype)
         parameter.requires_grad_(not name.startswith(train.freeze))
-        if dtype == master_dtype:
+        if train.zero == 3:
+            parameter.data = empty(parameter, device, dtype)
+        elif train.zero:
+            parameter.data = whole[place.without("dp").slices(index)].to(dtype, copy=True)
+        else:
+            parameter.data = masters[name] if dtype == master_dtype else masters[name].to(dtype)
+        if dtype == master_dtype and not train.zero:
             masters[name] = parameter
 
     # 5 compile
@@ -134,5 +154,25 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             model.cross_entropy = torch.compile(model.cross_entropy)
 
     # 6 data
+    if train.zero:
+        rows = {p: layout[name].shards[-1].ranges[0][1] for name, p in parameters.items()}
+        sharded = _sharded(model, parameters, mesh, train, rows)
+        for name, parameter in parameters.items():
+            sharded.own(parameter).copy_(masters[name])
+            if dtype == master_dtype:
+                masters[name] = sharded.own(parameter)
+        return Parallel(run, mesh, layout, model, parameters, masters, sharded, device)
     buckets = GradientBuckets(parameters.values(), mesh["dp"], train.bucket_mb * 2**20)
     return Parallel(run, mesh, layout, model, parameters, masters, buckets, device)
+
+
+def _sharded(
+    model: GPT, parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig, rows: dict[nn.Parameter, int]
+) -> ShardedGradients | ShardedWeights:
+    """Cut over dp what `zero` says. Rows: of dim 0, that each dp rank owns."""
+    if train.zero == 3:
+        units = [model.embed, *model.layers.values(), model.norm, model.head]
+        return ShardedWeights([unit for unit in units if unit is not None], mesh["dp"], rows=rows)
+    start = "last" if train.zero == 1 else "each"
+    size = train.bucket_mb * 2**20
+    return ShardedGradients(alike(parameters.values()), mesh["dp"], start=start, rows=rows, bucket_bytes=size)

@@ -38,7 +38,7 @@ def sum_partial_gradients(gradients: Mapping[str, Tensor], layout: Layout, mesh:
         for gradient, total in zip(over_tp, flat.split([g.numel() for g in over_tp]), strict=True):
             gradient.copy_(total.view_as(gradient))
     for name, gradient in gradients.items():
-        if "pp" in layout[name].sum_axes:
+        if "pp" in layout[name].sum_axes and gradient.numel():  # an uneven shard may be empty, at both ends
             _exchange(gradient, mesh, layout[name].stages)
 
 

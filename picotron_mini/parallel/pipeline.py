@@ -101,6 +101,7 @@ def run_pipeline(
     dtype: torch.dtype,
     device: torch.device,
     before_last_backward: Callable[[], object] | None = None,
+    after_backward: Callable[[], object] | None = None,
 ) -> Tensor:
     """Run the actions of this stage; gradients add up in `.grad` of the parameters that `forward` uses.
 
@@ -114,6 +115,7 @@ def run_pipeline(
         shape, dtype, device: of the hidden states at the borders, the same on all stages.
         before_last_backward: called once before this stage's last backward. From here on each gradient that
             becomes ready is final, so that a data-parallel reducer may start to sum it over the replicas.
+        after_backward: called after each backward, when all gradients of that micro-batch are there (ZeRO 2 and 3).
 
     Returns:
         The sum of the losses, a detached scalar of at least float32, on the last stage; 0 on the others.
@@ -161,6 +163,8 @@ def run_pipeline(
             if backwards == 0 and before_last_backward is not None:
                 before_last_backward()
             run_backward_of(action.micro_batch)
+            if after_backward is not None:
+                after_backward()
     activations.drain()
     gradients.drain()
     return loss

@@ -10,6 +10,10 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
             all_reduce    m a on the first stage, m a on the last    embedding; entry of the head, backward
             all_reduce    3 m B T w on the last stage           loss over the split vocabulary
             all_reduce    2 head_dim g a layer                  norms on queries and keys
+    dp      (zero > 0)    instead of g (elements + parameters), with C the columns of rows.py, a dp-th and padded:
+            reduce_scatter  dp g (C + parameters), times m with zero > 1    gradients and their flags
+            all_gather    C itemsize                            zero < 3: the updated weights
+            all_gather    m C itemsize for each use             zero 3: weights, before forward and before backward
     pp      send          m a from all but the last stage       activations
             send          m a from all but the first            their gradients
             send          g elements, from both ends            a tied embedding
@@ -22,9 +26,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 
 from ..config import RunConfig
-from ..layout import Layout
+from ..layout import Layout, Placement
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 Traffic = Counter[tuple[str, str]]  # (axis, operation) -> bytes
@@ -48,7 +53,11 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
 
     out: Traffic = Counter()
     if mesh.dp > 1:
-        out["dp", "all_reduce"] += wide * (sum(trained.values()) + len(trained)) + 8
+        out["dp", "all_reduce"] += 8
+    if train.zero:
+        out += _sharded(run, mine, set(trained), index)
+    elif mesh.dp > 1:
+        out["dp", "all_reduce"] += wide * (sum(trained.values()) + len(trained))
     if mesh.tp > 1:
         entries = _entries_with_gradient(list(mine), set(trained), flows=not first, head=last)
         exits = sum(name.endswith(("attention.o.weight", "mlp.down.weight")) for name in mine) + first
@@ -62,6 +71,28 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     if mesh.world_size > 1:
         out["world", "all_reduce"] += 24
     return +out  # without zeros
+
+
+def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], index: Mapping[str, int]) -> Traffic:
+    """What ZeRO sends. Each parameter takes as many columns of a buffer as the longest of its parts has elements."""
+    train, mesh, itemsize = run.train, run.mesh, ITEMSIZE[run.train.dtype]
+    columns = {n: place.shards[-1].ranges[0][1] * prod(place.local_shape(index)[1:]) for n, place in mine.items()}
+    room = sum(columns[name] for name in trained) + len(trained)
+    out: Traffic = Counter()
+    out["dp", "reduce_scatter"] = mesh.dp * max(itemsize, 4) * room * (1 if train.zero == 1 else train.micro_batches)
+    if train.zero < 3:
+        out["dp", "all_gather"] = itemsize * sum(columns[name] for name in trained)
+        return out
+    uses: dict[str, list[str]] = {}  # the parameters of each unit, in the order of the forward
+    for name in mine:
+        uses.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    if run.model.tie_embeddings and mesh.pp == 1:
+        uses["head"] = uses["embed.weight"]  # used twice
+    flows = index["pp"] > 0  # a gradient comes by if a trained parameter is in the unit, or below it
+    for names in uses.values():
+        flows = flows or not trained.isdisjoint(names)
+        out["dp", "all_gather"] += train.micro_batches * itemsize * sum(columns[name] for name in names) * (1 + flows)
+    return out
 
 
 def _entries_with_gradient(names: list[str], trained: set[str], flows: bool, head: bool) -> int:

@@ -20,6 +20,7 @@ from ..collectives import all_reduce
 from ..data.loader import Batch
 from ..mesh import coordinates
 from ..model.gpt import IGNORE
+from ..parallel.data import GradientBuckets
 from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
 from ..parallel.pipeline import run_forward, run_pipeline
@@ -58,7 +59,8 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         return out if model.head is None else model.loss(out, batch.targets) / tokens
 
     pp = mesh["pp"]
-    parallel.gradients.reset()
+    gradients = parallel.gradients
+    gradients.reset()
     loss = run_pipeline(
         SCHEDULES[train.schedule](pp.index, pp.size, len(micro_batches)),
         forward=forward,
@@ -67,9 +69,10 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
         dtype=parallel.dtype,
         device=parallel.device,
-        before_last_backward=parallel.gradients.arm,
+        before_last_backward=gradients.arm,
+        after_backward=None if isinstance(gradients, GradientBuckets) else gradients.after_backward,
     )
-    parallel.gradients.finish()
+    gradients.finish()
     sum_partial_gradients(gradients_of(parallel), parallel.layout, mesh)
     return loss, tokens
 
@@ -124,7 +127,10 @@ def train_step(
 
 @torch.no_grad()
 def update_weights(parallel: Parallel) -> None:
-    """Round the masters into the weights that compute uses, where those are narrower."""
+    """Round the masters into the weights that compute uses, where those are narrower, or others'."""
+    if not isinstance(parallel.gradients, GradientBuckets):
+        parallel.gradients.publish({p: parallel.masters[n] for n, p in parallel.parameters.items()})
+        return
     pairs = [(p, parallel.masters[n]) for n, p in parallel.parameters.items() if parallel.masters[n] is not p]
     if pairs:
         torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])

@@ -1,0 +1,224 @@
+"""ZeRO 1 and 2: data parallelism that stops keeping N copies of what only one rank needs to have.
+
+In plain data parallelism N ranks hold the same optimizer state, the same masters, the same summed gradient, and all do
+the same update. ZeRO cuts that work: rank r owns the r-th part of every parameter, updates that part alone, and the
+others get the result. An all_reduce is a reduce_scatter and an all_gather; ZeRO puts the optimizer between the two:
+
+    plain     g_r --all_reduce--> g = sum_r g_r             every rank: W = update(W, g)
+    ZeRO      g_r --reduce_scatter--> g[part r]     rank r: W[part r] = update(W[part r], g[part r])
+                                                    W[part r] --all_gather--> W
+
+                 weights   gradients           masters, optimizer state      bytes a rank keeps, bf16 and AdamW,
+    plain        whole     whole               whole                         2 + 4 + 12         a parameter
+    ZeRO 1       whole     whole and a part    part                          2 + 4 + 16 / N
+    ZeRO 2       whole     part                part                          2     + 16 / N
+    ZeRO 3       part      part                part                          18 / N             see zero3.py
+
+ZeRO 1 adds up the micro-batches' gradients and reduces once, while the last backward runs. ZeRO 2 has no room to add
+them up, so it reduces in every micro-batch's backward: with m micro-batches it sends m times the bytes.
+
+The parts are whole rows, and a buffer is a table [N, C], one row a rank (rows.py). As in `data.py` it has one more
+column for each parameter, 1 where there was a gradient: what no rank used must have no gradient, which is not zeros.
+
+Cost a step in payload, with P trained parameters of E elements, C >= E / N the padded columns, g bytes a gradient
+element (4 at least) and w a weight:
+    reduce_scatter   N (C + P) g, in ZeRO 2 times m;      all_gather   C w, which a ring hands on N - 1 times
+
+Papers: ZeRO (arXiv 1910.02054). PyTorch's own for ZeRO 1: torch.distributed.optim.ZeroRedundancyOptimizer.
+Legend: N ranks of the axis, C columns of a buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import Work, all_gather_async, reduce_scatter_async
+from ..mesh import Axis
+from .data import bucket
+from .rows import Cut, cut
+
+UNDER_WAY = 2  # collectives at once: one travels while the next is filled; more would only hold memory
+
+
+@dataclass
+class _Bucket:
+    cuts: list[Cut]
+    columns: int  # without those of the flags
+    shard: Tensor  # [C + P], this rank's part of the sum
+    whole: Tensor | None = None  # [N, C + P], what this rank has to give
+    added: list[bool] = field(default_factory=list)  # which parameters `whole` has a gradient of
+    seen: list[bool] = field(default_factory=list)  # ... in this step, on any rank once `finish` is done
+    waiting: int = 0  # parameters that this backward has not reached
+
+
+class ShardedGradients:
+    """Gradients of any module's parameters, summed over an axis during backward; each rank gets its part.
+
+        gradients = ShardedGradients(alike(model.parameters()), mesh["dp"], start="last")
+        for micro_batch in ...:
+            if last: gradients.arm()
+            loss(micro_batch).backward()
+            gradients.after_backward()
+        gradients.finish()            # now gradients.gradient(p) is this rank's rows of the sum
+        optimizer.step()              # over those rows
+        gradients.publish(masters)    # and everyone has the new weights
+        gradients.reset()             # before the next step
+
+    `p.grad` is None after each backward: what was in it is in a bucket, in float32 at least.
+
+    Args:
+        groups: of parameters alike; those that are frozen are left out. A group becomes one or more buckets.
+        start: "last": reduce once, in the backward that follows `arm` (ZeRO 1). "each": in every one (ZeRO 2).
+            "told": in every one, when `start_of` is called, one bucket a group (ZeRO 3).
+        rows: as `cut` has it.
+        bucket_bytes: size at which a bucket is closed.
+    """
+
+    def __init__(
+        self, groups: Sequence[Sequence[nn.Parameter]], axis: Axis, *, start: str,
+        rows: Mapping[nn.Parameter, int] | None = None, bucket_bytes: float = 25 * 2**20,
+    ) -> None:  # fmt: skip
+        self.axis, self.when, self.armed, self.rows = axis, start, False, rows or {}
+        self.next = 0  # the bucket whose reduction is to be started next: all ranks need one order
+        self.buckets: list[_Bucket] = []
+        self._place: dict[nn.Parameter, tuple[_Bucket, int]] = {}
+        self._under_way: deque[tuple[_Bucket, Tensor, Tensor, Work]] = deque()  # bucket, whole, its sum, work
+        for group in groups:
+            trained = [p for p in reversed(group) if p.requires_grad]  # backward reaches the last ones first
+            if not trained:
+                continue
+            dtype = torch.promote_types(trained[0].dtype, torch.float32)
+            limit = math.inf if start == "told" else bucket_bytes
+            for indices in bucket([p.numel() for p in trained], dtype.itemsize, limit):
+                cuts, columns = cut([trained[i] for i in indices], axis.size, self.rows)
+                shard = torch.zeros(columns + len(cuts), dtype=dtype, device=trained[0].device)
+                self.buckets.append(_Bucket(cuts, columns, shard))
+                for number, each in enumerate(cuts):
+                    self._place[each.parameter] = self.buckets[-1], number
+                    each.parameter.register_post_accumulate_grad_hook(self._ready)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the gradients, before the next step."""
+        assert not self._under_way, "finish() ends a step"
+        self.armed, self.next = False, 0
+        for each in self.buckets:
+            each.shard.zero_()
+            if self.when == "last":  # stays between the steps
+                each.whole = each.whole.zero_() if each.whole is not None else self._room(each)
+            each.added, each.seen = [False] * len(each.cuts), [False] * len(each.cuts)
+            each.waiting = len(each.cuts)
+
+    def _room(self, into: _Bucket) -> Tensor:
+        return into.shard.new_zeros(self.axis.size, len(into.shard))
+
+    def _ready(self, parameter: nn.Parameter) -> None:
+        """Called by autograd when a micro-batch's gradient of one parameter is complete."""
+        into, number = self._place[parameter]
+        if parameter.grad is None:
+            return
+        if into.whole is None:
+            into.whole = self._room(into)
+        for there, gradient in into.cuts[number].pairs(into.whole, parameter.grad):
+            there.add_(gradient)
+        parameter.grad = None
+        into.added[number] = into.seen[number] = True
+        if self.armed or self.when == "each":
+            into.waiting -= 1
+            while self.next < len(self.buckets) and self.buckets[self.next].waiting == 0:
+                self._start(self.buckets[self.next])
+
+    def start_of(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Start the reduction of these parameters' buckets, with `start="told"`. In the same order on all ranks."""
+        found = [self._place[p][0] for p in parameters if p in self._place]
+        for each in self.buckets:
+            if any(each is other for other in found):
+                self._start(each)
+
+    def _start(self, each: _Bucket) -> None:
+        self.next += 1
+        whole = self._room(each) if each.whole is None else each.whole
+        flags = whole[:, each.columns :]
+        flags.fill_(1.0)  # no tensor made of a list: that copy would make the host wait for the GPU
+        for number, added in enumerate(each.added):
+            if not added:
+                flags[:, number] = 0.0
+        if self.when != "last":  # the room is free again when the sum is there
+            each.whole, each.added, each.waiting = None, [False] * len(each.cuts), len(each.cuts)
+        total = torch.empty_like(each.shard)
+        self._under_way.append((each, whole, total, reduce_scatter_async(total, whole, self.axis)))
+        if len(self._under_way) > UNDER_WAY:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        each, _, total, work = self._under_way.popleft()
+        work.wait()
+        each.shard.add_(total)
+
+    def arm(self) -> None:
+        """Say that the next backward is the step's last: its gradients are final, so reductions may start."""
+        self.armed = self.when == "last"
+
+    def after_backward(self) -> None:
+        """Reduce what a micro-batch's backward did not complete. After each backward, on every rank."""
+        if self.when == "each":
+            for each in self.buckets[self.next :]:
+                self._start(each)
+            self.next = 0
+
+    def finish(self) -> None:
+        """Start what has not started, wait for all of it. Once a step, on every rank."""
+        if self.when == "last":
+            for each in self.buckets[self.next :]:
+                self._start(each)
+        while self._under_way:
+            self._finish_oldest()
+        for each in self.buckets:
+            if not all(each.seen):  # only a rank that misses a gradient looks whether another has it: reading waits
+                had = each.shard[each.columns :].tolist()
+                each.seen = [seen or ranks > 0 for seen, ranks in zip(each.seen, had, strict=True)]
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's rows of the sum (after `finish`), float32 at least; None if no rank had a gradient."""
+        each, number = self._place.get(parameter, (None, 0))
+        if each is None or not each.seen[number]:
+            return None
+        return each.cuts[number].own(each.shard, self.axis.index)
+
+    def own(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's rows of a parameter, as a view of it."""
+        (place,), _ = cut([parameter], self.axis.size, self.rows)
+        return place.part(parameter.data, self.axis.index)
+
+    @torch.no_grad()
+    def publish(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
+        """Round every rank's rows of the masters into the weights of all.
+
+        Args:
+            masters: by parameter, this rank's rows.
+        """
+        under_way: deque[tuple[_Bucket, Tensor, Tensor, Work]] = deque()
+
+        def unpack() -> None:
+            each, _, whole, work = under_way.popleft()
+            work.wait()
+            for place in each.cuts:
+                for there, weight in place.pairs(whole, place.parameter.data):
+                    weight.copy_(there)
+
+        for each in reversed(self.buckets):  # the first layers first: the next forward begins with them
+            mine = each.cuts[0].parameter.new_zeros(each.columns)
+            for place in each.cuts:
+                place.own(mine, self.axis.index).copy_(masters[place.parameter])
+            whole = mine.new_empty(self.axis.size, each.columns)
+            under_way.append((each, mine, whole, all_gather_async(whole, mine, self.axis)))
+            if len(under_way) > UNDER_WAY:
+                unpack()
+        while under_way:
+            unpack()

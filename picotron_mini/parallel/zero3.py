@@ -1,0 +1,229 @@
+"""ZeRO 3, fully sharded data parallelism: a rank keeps its part of the weights, and borrows the rest when it computes.
+
+ZeRO 1 and 2 (zero.py) leave the whole weights on every rank. Yet a layer's weights are needed only while that layer
+runs. So each unit (a block, the embedding, the head) is put together just before and freed just after, in the forward
+and once more in the backward:
+
+    all_gather 1 | all_gather 2 | all_gather 3 |                                    while a unit computes, the
+                 | forward 1    | forward 2    | forward 3 | ...                    next one's weights travel
+                                 free 1         free 2
+
+    all_gather 3 | all_gather 2 |       all_gather 1       |
+                 | backward 3   | backward 2               | backward 1   | ...
+                                | free 3, reduce_scatter 3 | free 2, reduce_scatter 2 |
+
+A freed parameter keeps its shape and has no storage. What autograd has saved for the backward is that same storage,
+filled again in time, so no operator notices.
+
+When a unit's backward is about to start, and when it is over, is found out in uses.py.
+
+Modules that share a parameter (a tied embedding and head) are one unit that is used in two places: it is put together
+for each of them, and reduced after the backward of the first place, which comes last.
+
+Cost in payload, in each micro-batch and for a unit of C padded columns (w bytes a weight, g a gradient element):
+    all_gather   C w forward and C w backward (none where nothing above needs a gradient)
+    reduce_scatter   N (C + P) g, as in ZeRO 2
+On each rank's wire a ring moves (N - 1) times an all_gather's payload and (N - 1) / N times a reduce_scatter's: about
+3 E elements, where plain data parallelism has 2 E. But that is once a step there, and here in every micro-batch.
+Memory: 1/N of weights, gradients, masters and optimizer state, and the weights of two units.
+
+Papers: ZeRO (arXiv 1910.02054), PyTorch FSDP (arXiv 2304.11277). PyTorch's own: torch.distributed.fsdp.fully_shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import Work, all_gather_async
+from ..mesh import Axis
+from .rows import Cut, alike, cut
+from .uses import Use
+from .zero import ShardedGradients
+
+
+def empty(like: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of this shape that has no storage, as a freed parameter has none."""
+    out = torch.empty_like(like, device=device, dtype=dtype)
+    out.untyped_storage().resize_(0)
+    return out
+
+
+@dataclass(eq=False)
+class _Unit:
+    """Parameters that come and go together, in one buffer for each dtype."""
+
+    buffers: list[tuple[list[Cut], Tensor]]  # the cuts, and this rank's row [C]
+    travelling: list[tuple[Tensor, Work]] = field(default_factory=list)  # what is on its way: [N, C] each
+    here: bool = False
+
+
+class ShardedWeights:
+    """The weights of any modules, cut over an axis, put together around each use; the gradients as in ZeRO 2.
+
+        sharded = ShardedWeights([embed, *blocks, norm, head], mesh["dp"])
+        for micro_batch in ...:
+            loss(micro_batch).backward()
+            sharded.after_backward()
+        sharded.finish()            # now sharded.gradient(p) is this rank's rows of the sum
+        optimizer.step()            # over the rows that sharded.own(p) gives
+        sharded.publish(masters)    # where masters are others than these rows
+        sharded.reset()
+
+    All ranks must call the modules in the same order. A module has to be called, not its parameters used from outside.
+
+    Args:
+        modules: in the order in which the forward uses them; between them they have all parameters.
+        rows: as `zero.cut` has it.
+
+    A parameter's value is taken over from the module, unless it has no storage (see `empty`); then fill `own`.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None
+    ) -> None:
+        self.axis = axis
+        self._own: dict[nn.Parameter, Tensor] = {}
+        self.units: list[_Unit] = [_Unit([])] * len(modules)  # by place; the same twice where modules share a parameter
+        for parameters, places in _sharing(modules):
+            unit = self._make(parameters, rows or {})
+            for place in places:
+                self.units[place] = unit
+        self.gradients = ShardedGradients(
+            [[c.parameter for c in cuts] for unit in dict.fromkeys(self.units) for cuts, _ in unit.buffers], axis,
+            start="told", rows=rows,
+        )  # fmt: skip
+        self.uses = [
+            Use(
+                module,
+                before_forward=partial(self._before_forward, place),
+                after_forward=partial(self._free, self.units[place]),
+                before_backward=partial(self._before_backward, place),
+                after_backward=partial(self._after_backward, place),
+            )
+            for place, module in enumerate(modules)
+        ]
+
+    def _make(self, parameters: Sequence[nn.Parameter], rows: Mapping[nn.Parameter, int]) -> _Unit:
+        unit = _Unit([], here=True)
+        for group in alike(parameters):
+            cuts, columns = cut(group, self.axis.size, rows)
+            row = group[0].new_zeros(columns).detach()
+            unit.buffers.append((cuts, row))
+            for each in cuts:
+                weight = each.parameter
+                self._own[weight] = each.own(row, self.axis.index)
+                if weight.untyped_storage().nbytes():
+                    weight.data = weight.data.contiguous()
+                    self._own[weight].copy_(each.part(weight.data, self.axis.index))
+        self._free(unit)
+        return unit
+
+    # --- weights come and go ------------------------------------------------------------------------------
+
+    def _fetch(self, unit: _Unit) -> None:
+        """Let the weights of a unit set out, unless they are here or under way."""
+        if not unit.here and not unit.travelling:
+            for _, row in unit.buffers:
+                table = row.new_empty(self.axis.size, len(row))
+                unit.travelling.append((table, all_gather_async(table, row, self.axis)))
+
+    @torch.no_grad()
+    def _need(self, unit: _Unit) -> None:
+        """Have the weights of a unit here."""
+        self._fetch(unit)
+        for (cuts, _), (table, work) in zip(unit.buffers, unit.travelling, strict=False):
+            work.wait()
+            for each in cuts:
+                whole = each.parameter.data  # .data: autograd must not take the filling for a change of the value
+                whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+                for there, weight in each.pairs(table, whole):
+                    weight.copy_(there)
+        unit.travelling, unit.here = [], True
+
+    def _free(self, unit: _Unit) -> None:
+        if unit.here:
+            for cuts, _ in unit.buffers:
+                for each in cuts:
+                    each.parameter.untyped_storage().resize_(0)
+        unit.here = False
+
+    # --- the four borders of a use ------------------------------------------------------------------------
+
+    def _before_forward(self, place: int) -> None:
+        self._need(self.units[place])
+        if place + 1 < len(self.units):
+            self._fetch(self.units[place + 1])
+
+    def _before_backward(self, place: int) -> None:
+        self._need(self.units[place])
+        if place > 0 and self.uses[place - 1].reached:
+            self._fetch(self.units[place - 1])
+
+    def _after_backward(self, place: int) -> None:
+        unit = self.units[place]
+        self._free(unit)
+        places = [other for other, each in enumerate(self.units) if each is unit and self.uses[other].reached]
+        if place == places[0]:  # the last of its uses in the backward
+            self.gradients.start_of(each.parameter for cuts, _ in unit.buffers for each in cuts)
+
+    # --- one step, as in `ShardedGradients` ---------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget the gradients, before the next step."""
+        self.gradients.reset()
+
+    def arm(self) -> None:
+        """Nothing: every micro-batch's gradients are reduced in its own backward."""
+
+    def after_backward(self) -> None:
+        """End the uses whose input needed no gradient. After each backward, on every rank."""
+        for use in reversed(self.uses):
+            use.end()
+
+    def finish(self) -> None:
+        """Wait for all reductions. Once a step, on every rank."""
+        self.gradients.finish()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's rows of the sum (after `finish`), float32 at least; None if no rank had a gradient."""
+        return self.gradients.gradient(parameter)
+
+    def own(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's rows of a parameter, which is what it keeps of it."""
+        return self._own[parameter]
+
+    @torch.no_grad()
+    def publish(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
+        """Round this rank's rows of the masters into its rows of the weights; the others see them at the next use."""
+        pairs = [(self._own[p], master) for p, master in masters.items() if master is not self._own[p]]
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [master for _, master in pairs])
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside the block every rank has all weights whole, to look at; the modules must not be called there."""
+        for unit in self.units:
+            self._need(unit)
+        try:
+            yield
+        finally:
+            for unit in self.units:
+                self._free(unit)
+
+
+def _sharing(modules: Sequence[nn.Module]) -> list[tuple[list[nn.Parameter], list[int]]]:
+    """Parameters and places of the modules, put together where modules share a parameter."""
+    groups: list[tuple[list[nn.Parameter], list[int]]] = []
+    for place, module in enumerate(modules):
+        parameters, places = list(module.parameters()), [place]
+        for group in [g for g in groups if {*g[0]} & {*parameters}]:
+            groups.remove(group)
+            parameters, places = [*dict.fromkeys([*group[0], *parameters])], [*group[1], *places]
+        groups.append((parameters, sorted(places)))
+    return groups
