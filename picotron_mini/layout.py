@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from .config import MeshShape
@@ -70,6 +71,13 @@ class Placement:
     def without(self, axis: str) -> Placement:
         """The same without the cut over `axis`: what its ranks have once they have put their parts together."""
         return replace(self, shards=tuple(shard for shard in self.shards if shard.axis != axis))
+
+    def padded_size(self, axis: str, index: Mapping[str, int]) -> int:
+        """Elements that each rank of `axis` has in a buffer of equal parts: as many as the first, which has most."""
+        (shard,) = (shard for shard in self.shards if shard.axis == axis)
+        lengths = list(self.local_shape(index))
+        lengths[shard.dim] = shard.ranges[0][1] - shard.ranges[0][0]
+        return prod(lengths)
 
     def counts(self, index: Mapping[str, int]) -> bool:
         """Whether this rank is the one, of those with the same copy, that a sum over all ranks should count."""

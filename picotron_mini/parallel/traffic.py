@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
 
 from ..config import RunConfig
 from ..layout import Layout, Placement
@@ -76,7 +75,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
 def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], index: Mapping[str, int]) -> Traffic:
     """What ZeRO sends. Each parameter takes as many columns of a buffer as the longest of its parts has elements."""
     train, mesh, itemsize = run.train, run.mesh, ITEMSIZE[run.train.dtype]
-    columns = {n: place.shards[-1].ranges[0][1] * prod(place.local_shape(index)[1:]) for n, place in mine.items()}
+    columns = {name: place.padded_size("dp", index) for name, place in mine.items()}
     room = sum(columns[name] for name in trained) + len(trained)
     out: Traffic = Counter()
     out["dp", "reduce_scatter"] = mesh.dp * max(itemsize, 4) * room * (1 if train.zero == 1 else train.micro_batches)

@@ -1,0 +1,69 @@
+"""What a rank keeps from step to step, from a layout alone: weights, gradients, masters, optimizer state.
+
+With E elements of parameters on a rank (its stage, its tensor-parallel slices), w bytes a weight, g = max(w, 4) a
+gradient element, N = dp; E/N stands for the rows that the rank owns, and C for its padded columns (rows.py):
+
+                 weights     gradients                    masters if w < 4    AdamW
+    zero 0       w E         g (E + P)                    4 E                 2 g E
+    zero 1       w E         g (N (C + P) + (C + P))      4 E/N               2 g E/N
+    zero 2       w E         g (C + P)                    4 E/N               2 g E/N
+    zero 3       w C         g (C + P)                    4 E/N               2 g E/N
+
+Gradients and state are of trained parameters only, P of them. AdamW also has a step counter of 4 bytes for each.
+Above this comes what a step makes and drops: activations, buckets under way, and in zero 3 the weights of two units.
+
+ZeRO (arXiv 1910.02054) calls this the model states. An estimate that is not checked against a run is a guess; the
+tests count storages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..config import RunConfig
+from ..layout import Layout
+from .traffic import ITEMSIZE
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a rank keeps from step to step."""
+
+    weights: int  # that compute uses
+    gradients: int
+    masters: int  # 0 where the optimizer updates the weights themselves
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.masters + self.optimizer
+
+
+def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footprint:
+    """The model states of the rank with coordinates `index`.
+
+    Args:
+        run: resolved.
+        layout: of `parallelize.layout_of`, with the run's `zero`.
+    """
+    train, itemsize = run.train, ITEMSIZE[run.train.dtype]
+    wide = max(itemsize, 4)
+    mine = {name: place for name, place in layout.items() if place.holds(index)}
+    trained = {name: place for name, place in mine.items() if not name.startswith(train.freeze)}
+    owned = {name: place.local_size(index) for name, place in mine.items()}
+    whole = sum(place.without("dp").local_size(index) for place in mine.values())
+    state = sum(owned[name] for name in trained)
+    if train.zero:
+        columns = {name: place.padded_size("dp", index) for name, place in mine.items()}
+        part = sum(columns[name] for name in trained) + len(trained)
+        gradients = wide * part * (1 + run.mesh.dp if train.zero == 1 else 1)
+        weights = itemsize * (sum(columns.values()) if train.zero == 3 else whole)
+    else:
+        gradients, weights = wide * (state + len(trained)), itemsize * whole
+    return Footprint(
+        weights=weights,
+        gradients=gradients,
+        masters=4 * sum(owned.values()) if itemsize < 4 else 0,
+        optimizer=2 * wide * state + 4 * len(trained) if train.optimizer == "adamw" else 0,
+    )

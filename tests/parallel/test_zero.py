@@ -1,0 +1,626 @@
+"""ZeRO on any module: the ranks' rows, put together, are the gradients of one device; and what a rank keeps and sends."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from picotron_mini import collectives
+from picotron_mini.collectives import ledger
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, from_dict, resolve
+from picotron_mini.course.witness import Witness
+from picotron_mini.layout import Placement, Shard, split
+from picotron_mini.mesh import Axis, Mesh, coordinates
+from picotron_mini.model.gpt import parameter_shapes
+from picotron_mini.monitoring.placement import held
+from picotron_mini.parallel import zero
+from picotron_mini.parallel.footprint import footprint
+from picotron_mini.parallel.gather import gather
+from picotron_mini.parallel.parallelize import layout_of, parallelize
+from picotron_mini.parallel.rows import alike, cut
+from picotron_mini.parallel.traffic import predict_step
+from picotron_mini.parallel.zero import ShardedGradients
+from picotron_mini.parallel.zero3 import ShardedWeights
+from picotron_mini.training.optimizer import make_optimizer
+from picotron_mini.training.step import train_step
+from picotron_mini.verify import make_batches
+
+Ranks = Callable[..., list[Any]]
+WORLD = 3  # two ranks hide bugs
+MICRO_BATCHES = 2
+LR = 1e-4
+MODEL = ModelConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
+TRAIN = TrainConfig(seq_len=8, micro_batch_size=2, micro_batches=3, device="cpu")
+
+
+def resolved(layout: str, model: ModelConfig = MODEL, **train: object) -> RunConfig:
+    return resolve(RunConfig(layout=layout, model=model, train=replace(TRAIN, **train)))  # type: ignore[arg-type]
+
+
+# --- where the rows are -----------------------------------------------------------------------------------
+
+
+def test_a_later_cut_is_inside_an_earlier_one() -> None:
+    place = Placement((10, 3), (0,), (Shard("tp", 0, split(10, 2)), Shard("dp", 0, split(5, 2))))
+    parts = {(tp, dp): place.slices({"pp": 0, "dp": dp, "tp": tp})[0] for tp in range(2) for dp in range(2)}
+    assert parts == {(0, 0): slice(0, 3), (0, 1): slice(3, 5), (1, 0): slice(5, 8), (1, 1): slice(8, 10)}
+    assert place.without("dp").slices({"pp": 0, "dp": 1, "tp": 1})[0] == slice(5, 10)
+    assert place.padded_size("dp", {"pp": 0, "dp": 1, "tp": 1}) == 9
+
+
+def test_a_shorter_part_ends_where_it_ends() -> None:
+    # 9 over tp=2 is 5 and 4; each over dp=4 as 5 is: 2, 2, 1, 0
+    place = Placement((9,), (0,), (Shard("tp", 0, split(9, 2)), Shard("dp", 0, split(5, 4))))
+    lengths = [[place.local_size({"pp": 0, "dp": dp, "tp": tp}) for dp in range(4)] for tp in range(2)]
+    assert lengths == [[2, 2, 1, 0], [2, 2, 0, 0]]
+    assert {place.padded_size("dp", {"pp": 0, "dp": dp, "tp": tp}) for dp in range(4) for tp in range(2)} == {2}
+
+
+@pytest.mark.parametrize("layout", ["dp=3", "dp=2,tp=2", "dp=4,tp=2", "dp=8", "dp=3,tp=2,pp=2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_element_has_one_owner(layout: str, tied: bool) -> None:
+    mesh = MeshShape.parse(layout)
+    model = replace(MODEL, tie_embeddings=tied, head_dim=4, qk_norm=True)
+    for name, place in layout_of(model, mesh, 8, zero=3).items():
+        assert [shard.axis for shard in place.shards][-1] == "dp"
+        held_by, counted = torch.zeros(place.shape), torch.zeros(place.shape)
+        for index in (coordinates(mesh, rank) for rank in range(mesh.world_size)):
+            if place.holds(index):
+                held_by[place.slices(index)] += 1
+            if place.counts(index):
+                counted[place.slices(index)] += 1
+        tensor_parallel = any(shard.axis == "tp" for shard in place.shards)
+        assert bool((held_by == len(place.stages) * (1 if tensor_parallel else mesh.tp)).all()), name
+        assert bool((counted == 1).all()), f"{name}: the norm would be wrong"
+
+
+def test_the_report_draws_the_same_rows() -> None:
+    mesh = MeshShape(dp=4, tp=2)
+    for name, place in layout_of(replace(MODEL, head_dim=4), mesh, 8, zero=1).items():
+        plain = {
+            "stages": place.stages,
+            "shape": place.shape,
+            "shards": [{"axis": s.axis, "dim": s.dim, "ranges": s.ranges} for s in place.shards],
+        }
+        for index in (coordinates(mesh, rank) for rank in range(8)):
+            mine = [(part.start, part.stop) for part in place.slices(index)]
+            assert held(plain, index) == (mine if place.local_size(index) else None), name
+
+
+def test_a_buffer_holds_rows_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.rand(shape)) for shape in ((5, 2), (), (2, 3), (4,), (1, 2, 2))]
+    cuts, columns = cut(parameters, 4, {})
+    assert [each.rows for each in cuts] == [2, 1, 1, 1, 1]
+    assert columns == 4 + 1 + 3 + 1 + 4
+    buffer = torch.zeros(4, columns)
+    for each, parameter in zip(cuts, parameters, strict=True):
+        for there, here in each.pairs(buffer, parameter.detach()):
+            there.copy_(here)
+        back = torch.zeros_like(parameter)
+        for there, here in each.pairs(buffer, back):
+            here.copy_(there)
+        assert torch.equal(back, parameter)
+        rows = [each.own(buffer[rank], rank) for rank in range(4)]
+        assert torch.equal(torch.cat(rows).view_as(parameter), parameter)
+        assert all(torch.equal(row, each.part(parameter, rank)) for rank, row in enumerate(rows))
+        whole = parameter if parameter.ndim else parameter[None]
+        wanted = list(whole.chunk(4)) + [whole[:0]] * 4  # as fully_shard has it
+        assert [tuple(row.shape) for row in rows] == [tuple(part.shape) for part in wanted[:4]]
+    assert int((buffer == 0).sum()) == buffer.numel() - sum(p.numel() for p in parameters)
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def test_settings() -> None:
+    with pytest.raises(ConfigError, match="zero=2 cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or ze"):
+        resolved("tp=2", zero=2)
+    with pytest.raises(ConfigError, match=r"zero=4 must be 0 \(off\), 1, 2 or 3"):
+        resolved("dp=2", zero=4)
+    with pytest.raises(ConfigError, match="train.zero=7 is not one of 0, 1, 2, 3"):
+        from_dict(RunConfig, {"train": {"zero": 7}})
+    assert resolved("dp=2", zero=3).train.zero == 3
+
+
+# --- bytes, by hand ---------------------------------------------------------------------------------------
+
+LAYER = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24 + 2 * 16
+EVEN = replace(MODEL, vocab_size=36)
+
+
+def predicted(layout: str, model: ModelConfig = EVEN, **train: object) -> dict[tuple[str, str], int]:
+    run = resolved(layout, model, **train)
+    places = layout_of(run.model, run.mesh, 8, run.train.zero)
+    return dict(predict_step(run, places, coordinates(run.mesh, 0)))
+
+
+def test_bytes_where_all_is_even() -> None:
+    elements, parameters = 36 * 16 + 2 * LAYER + 16, 1 + 2 * 9 + 1
+    scatter, shard = 4 * (elements + 2 * parameters), 4 * elements // 2
+    small = {("dp", "all_reduce"): 8, ("world", "all_reduce"): 24}
+    assert predicted("dp=2", zero=1) == small | {("dp", "reduce_scatter"): scatter, ("dp", "all_gather"): shard}
+    assert predicted("dp=2", zero=2) == small | {("dp", "reduce_scatter"): 3 * scatter, ("dp", "all_gather"): shard}
+    twice = 3 * 2 * (shard + 4 * 36 * 16 // 2)  # forward and backward; the tied table at both ends
+    assert predicted("dp=2", zero=3) == small | {("dp", "reduce_scatter"): 3 * scatter, ("dp", "all_gather"): twice}
+
+
+def test_padding_counts() -> None:
+    even, odd = predicted("dp=2", zero=1), predicted("dp=2", replace(EVEN, vocab_size=35), zero=1)
+    assert even == odd  # 35 rows take the room of 36
+
+
+def test_what_no_gradient_reaches_is_gathered_once() -> None:
+    model = replace(EVEN, tie_embeddings=False)
+    frozen = ("embed", "layers.0")
+    (all_, some) = (predicted("dp=2", model, zero=3, freeze=f)["dp", "all_gather"] for f in ((), frozen))
+    assert all_ - some == 3 * 4 * (36 * 16 + LAYER) // 2
+    assert predicted("dp=2", model, zero=2, freeze=frozen)["dp", "all_gather"] == 4 * (36 * 16 + LAYER + 16) // 2
+
+
+# --- any module -------------------------------------------------------------------------------------------
+
+
+class Part(nn.Module):
+    """Everything that a module may do with its parameters: frozen, unused, sometimes used, a scalar, two dtypes."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 7, dtype=torch.float64)
+        self.second = nn.Linear(7, width, bias=False, dtype=torch.float64)
+        self.frozen = nn.Parameter(torch.rand(width, dtype=torch.float64), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.narrow = nn.Parameter(torch.rand(width, dtype=torch.float32))
+        self.sometimes = nn.Parameter(torch.rand(width, dtype=torch.float64))
+        self.never = nn.Parameter(torch.rand(2, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, *, used: bool) -> tuple[Tensor, Tensor]:
+        y = self.second(torch.tanh(self.first(x))) * self.scale + self.frozen + self.narrow
+        y = y * self.sometimes if used else y
+        return x + y, y.sum()
+
+
+class Odd(nn.Module):
+    """A table that is used at both ends, three parts and a frozen one below them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(11, 5, dtype=torch.float64)
+        self.still = nn.Linear(5, 5, dtype=torch.float64).requires_grad_(False)
+        self.parts = nn.ModuleList([Part() for _ in range(3)])
+        self.head = nn.Linear(5, 11, bias=False, dtype=torch.float64)
+        self.head.weight = self.table.weight
+
+    def units(self) -> list[nn.Module]:
+        return [self.table, self.still, *self.parts, self.head]
+
+    def forward(self, tokens: Tensor, used: bool) -> Tensor:
+        x = self.still(self.table(tokens))
+        extra = x.new_zeros(())
+        for part in self.parts:
+            x, more = part(x, used=used)
+            extra = extra + more
+        return self.head(x).square().sum() + extra
+
+
+def inputs(rank: int, micro_batch: int) -> tuple[Tensor, bool]:
+    generator = torch.Generator().manual_seed(10 * rank + micro_batch)
+    return torch.randint(11, (4,), generator=generator), (rank, micro_batch) == (1, 0)
+
+
+def truth() -> dict[str, Tensor]:
+    module = Odd()
+    torch.stack([module(*inputs(r, m)) for r in range(WORLD) for m in range(MICRO_BATCHES)]).sum().backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def axis_of_world() -> Axis:
+    return Mesh.build(MeshShape(dp=torch.distributed.get_world_size()))["dp"]
+
+
+def make(stage: int, module: Odd, axis: Axis, bucket_bytes: float = 300) -> ShardedGradients | ShardedWeights:
+    if stage == 3:
+        return ShardedWeights(module.units(), axis)
+    when = "last" if stage == 1 else "each"
+    return ShardedGradients(alike(module.parameters()), axis, start=when, bucket_bytes=bucket_bytes)
+
+
+def run_step(module: Odd, sharded: ShardedGradients | ShardedWeights, axis: Axis) -> None:
+    sharded.reset()
+    for m in range(MICRO_BATCHES):
+        if m == MICRO_BATCHES - 1:
+            sharded.arm()
+        module(*inputs(axis.index, m)).backward()
+        sharded.after_backward()
+    sharded.finish()
+
+
+def rows_of_gradients(stage: int, steps: int) -> tuple[dict[str, Tensor | None], bool]:
+    axis = axis_of_world()
+    module = Odd()
+    sharded = make(stage, module, axis)
+    for _ in range(steps):
+        run_step(module, sharded, axis)
+    left = any(p.grad is not None for p in module.parameters())
+    return {name: sharded.gradient(p) for name, p in module.named_parameters()}, left
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_ranks_rows_are_the_gradients_of_one_device(ranks: Ranks, stage: int, steps: int) -> None:
+    want = truth()
+    results = ranks(rows_of_gradients, stage, steps, world_size=WORLD)
+    assert not any(left for _, left in results), "p.grad is not kept beside the rows"
+    for name in results[0][0]:
+        rows = [mine[name] for mine, _ in results]
+        if name not in want:
+            assert rows == [None] * WORLD, f"{name}: what no rank used must not have zeros"
+        else:
+            assert name != "table.weight" or [len(part) for part in rows] == [4, 4, 3]
+            whole = torch.cat(rows).view_as(want[name])
+            close = 1e-12 if want[name].dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(whole, want[name], rtol=close, atol=close, msg=name)
+
+
+def trained(stage: int) -> dict[str, Tensor]:
+    """In a rank: the whole weights after three steps of SGD on the rows."""
+    axis = axis_of_world()
+    module = Odd()
+    sharded = make(stage, module, axis)
+    for _ in range(3):
+        run_step(module, sharded, axis)
+        for parameter in module.parameters():
+            gradient = sharded.gradient(parameter)
+            if gradient is not None:
+                sharded.own(parameter).sub_(gradient.to(parameter.dtype), alpha=LR)
+        sharded.publish({p: sharded.own(p) for p in module.parameters()})
+    if isinstance(sharded, ShardedWeights):
+        assert all(p.untyped_storage().nbytes() == 0 for p in module.parameters()), "a freed weight has no storage"
+        with sharded.whole():
+            return {name: p.detach().clone() for name, p in module.named_parameters()}
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_all_ranks_have_the_updated_weights(ranks: Ranks, stage: int) -> None:
+    module = Odd()
+    for _ in range(3):
+        module.zero_grad()
+        torch.stack([module(*inputs(r, m)) for r in range(WORLD) for m in range(MICRO_BATCHES)]).sum().backward()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=LR)
+    for state in ranks(trained, stage, world_size=WORLD):
+        for name, want in module.named_parameters():
+            # the one float32 weight is rounded, and all others feel it in the next step
+            torch.testing.assert_close(state[name], want.detach(), rtol=1e-6, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+def without_gradients() -> tuple[float, list[int], bool]:
+    """In a rank: a forward for validation, and what is left behind."""
+    axis = axis_of_world()
+    module, plain = Odd(), Odd()
+    sharded = ShardedWeights(module.units(), axis)
+    with torch.no_grad(), ledger.recording() as sent:
+        got = module(*inputs(0, 0))
+    with torch.no_grad():
+        want = plain(*inputs(0, 0))
+    assert got.item() == want.item()
+    once = sum(len(row) * row.element_size() for unit in sharded.units for _, row in unit.buffers)
+    return float(got), [p.untyped_storage().nbytes() for p in module.parameters()], sent["dp", "all_gather"] == once
+
+
+def test_validation_gathers_once(ranks: Ranks) -> None:
+    for _, storages, once in ranks(without_gradients, world_size=2):
+        assert set(storages) == {0} and once
+
+
+# --- what happens when ------------------------------------------------------------------------------------
+
+
+def events(bucket_bytes: float, stage: int) -> list[list[int]]:
+    """In a rank: for each micro-batch, how many gradients were ready when each reduction started."""
+    axis = axis_of_world()
+    layers = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(4)])
+    ready = 0
+    seen: list[list[int]] = []
+    real = zero.reduce_scatter_async
+
+    def watched(out: Tensor, x: Tensor, over: Axis) -> Any:
+        seen[-1].append(ready)
+        return real(out, x, over)
+
+    def count(_: Tensor) -> None:
+        nonlocal ready
+        ready += 1
+
+    zero.reduce_scatter_async = watched
+    for parameter in layers.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    when = "last" if stage == 1 else "each"
+    gradients = ShardedGradients(alike(layers.parameters()), axis, start=when, bucket_bytes=bucket_bytes)
+    for m in range(2):
+        ready = 0
+        seen.append([])
+        if m == 1:
+            gradients.arm()
+        layers(torch.ones(1, 4)).sum().backward()
+        gradients.after_backward()
+    gradients.finish()
+    return seen
+
+
+def test_zero_1_reduces_in_the_last_backward_and_zero_2_in_each(ranks: Ranks) -> None:
+    assert ranks(events, 1, 1, world_size=2)[0] == [[], [1, 2, 3, 4]]
+    assert ranks(events, 1, 2, world_size=2)[0] == [[1, 2, 3, 4], [1, 2, 3, 4]]
+    assert ranks(events, 4 * 30, 2, world_size=2)[0] == [[2, 4], [2, 4]]
+
+
+def story() -> tuple[list[str], int]:
+    """In a rank: what happens around a stack of layers, and the most layers whose weights were here at once."""
+    from picotron_mini.parallel import zero3
+
+    axis = axis_of_world()
+    layers = [nn.Linear(3 + n, 4 + n, bias=False) for n in range(4)]
+    names = {2 * ((4 + n) // 2 + (4 + n) % 2) * (3 + n): f"{n}" for n in range(4)}  # by the buffer's size
+    told: list[str] = []
+    most = 0
+    gathers, reductions = zero3.all_gather_async, zero.reduce_scatter_async
+
+    def gather_(out: Tensor, x: Tensor, over: Axis) -> Any:
+        told.append(f"gather {names[out.numel()]}")
+        return gathers(out, x, over)
+
+    def reduce_(out: Tensor, x: Tensor, over: Axis) -> Any:
+        told.append(f"reduce {names[x.numel() - 2]}")
+        return reductions(out, x, over)
+
+    zero3.all_gather_async, zero.reduce_scatter_async = gather_, reduce_
+    for n, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, n=n: told.append(f"forward {n}"))
+        layer.weight.register_post_accumulate_grad_hook(lambda _, n=n: told.append(f"backward {n}"))
+
+    class Look(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            most = max(most, sum(layer.weight.untyped_storage().nbytes() > 0 for layer in layers))
+            return func(*args, **(kwargs or {}))
+
+    sharded = ShardedWeights(layers, axis)
+    x = torch.ones(2, 3)
+    with Look():
+        for layer in layers:
+            x = layer(x)
+        x.sum().backward()
+        sharded.after_backward()
+        sharded.finish()
+    return told, most
+
+
+def test_the_next_units_weights_travel_while_one_computes(ranks: Ranks) -> None:
+    told, most = ranks(story, world_size=2)[0]
+    assert told == [
+        "gather 0", "gather 1", "forward 0", "gather 2", "forward 1", "gather 3", "forward 2", "forward 3",
+        "gather 3", "gather 2", "backward 3", "reduce 3", "gather 1", "backward 2", "reduce 2", "gather 0",
+        "backward 1", "reduce 1", "backward 0", "reduce 0",
+    ]  # fmt: skip
+    assert most == 1  # on the CPU; what travels is in a buffer
+
+
+def recomputed(around: bool) -> list[Tensor | None]:
+    """In a rank: gradients where the forward runs again in the backward, inside the unit or around it."""
+    import functools
+
+    from torch.utils.checkpoint import checkpoint
+
+    axis = axis_of_world()
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double() for _ in range(3)])
+    if not around:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    sharded = ShardedWeights(list(layers), axis)
+    x = torch.linspace(0, 1, 8, dtype=torch.float64).view(2, 4) + axis.index
+    for layer in layers:
+        x = checkpoint(layer, x, use_reentrant=False) if around else layer(x)
+    x.square().sum().backward()
+    sharded.after_backward()
+    sharded.finish()
+    assert all(p.untyped_storage().nbytes() == 0 for p in layers.parameters())
+    return [sharded.gradient(p) for p in layers.parameters()]
+
+
+def test_recomputing_stays_possible(ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double() for _ in range(3)])
+    for rank in range(2):
+        layers(torch.linspace(0, 1, 8, dtype=torch.float64).view(2, 4) + rank).square().sum().backward()
+    for around in (False, True):
+        results = ranks(recomputed, around, world_size=2)
+        for n, parameter in enumerate(layers.parameters()):
+            torch.testing.assert_close(torch.cat([mine[n] for mine in results]), parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+# --- as PyTorch has it ------------------------------------------------------------------------------------
+
+
+def beside_fully_shard() -> list[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
+    """In a rank: (name, our rows and theirs, our gradient and theirs) after two steps of SGD."""
+    import warnings
+
+    axis = axis_of_world()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of imports inside torch
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        def stack() -> nn.Sequential:
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).double()
+
+        ours, theirs = stack(), stack()
+        sharded = ShardedWeights([ours[0], ours[2], ours[4]], axis)
+        mesh = init_device_mesh("cpu", (axis.size,))
+        for layer in (theirs[0], theirs[2], theirs[4], theirs):
+            fully_shard(layer, mesh=mesh)
+        for step in range(2):
+            x = torch.linspace(0, 1, 12, dtype=torch.float64).view(3, 4) + axis.index + step
+            sharded.reset()
+            ours(x).square().sum().backward()
+            sharded.after_backward()
+            sharded.finish()
+            theirs.zero_grad()
+            theirs(x).square().sum().backward()
+            out = []
+            for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+                gradient, average = sharded.gradient(mine), other.grad.to_local() * axis.size  # it divides by the ranks
+                with torch.no_grad():
+                    sharded.own(mine).sub_(gradient, alpha=LR)
+                    other.to_local().sub_(average, alpha=LR)
+                out.append((name, sharded.own(mine), other.to_local().detach(), gradient, average))
+    return out
+
+
+def test_same_as_torchs_own_fully_shard(ranks: Ranks) -> None:
+    for result in ranks(beside_fully_shard, world_size=WORLD):
+        assert len(result) == 6
+        for name, weight, their_weight, gradient, their_gradient in result:
+            assert weight.shape == their_weight.shape, name
+            torch.testing.assert_close(gradient, their_gradient, rtol=1e-12, atol=1e-12, msg=name)
+            torch.testing.assert_close(weight, their_weight, rtol=1e-12, atol=1e-12, msg=name)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def storages() -> dict[int, int]:
+    """Every storage that any tensor of this process has: address -> bytes."""
+    gc.collect()
+    # by type: asking some of torch's objects for their class warns
+    found = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found if x.untyped_storage().nbytes()}
+
+
+def kept(runs: list[RunConfig]) -> list[tuple[int, int]]:
+    """In a rank, for each run: the bytes of weights and masters, and of all that a training keeps."""
+    mesh = Mesh.build(runs[0].mesh)
+    out = []
+    for run in runs:
+        before = storages()
+        parallel = parallelize(run, mesh, torch.device("cpu"))
+        optimizer = make_optimizer(parallel.trained, run.train)
+        batches = make_batches(run)[:2]
+        for batch in batches:
+            train_step(parallel, optimizer, [batch] * run.train.micro_batches)
+        batches.clear()
+        for master in parallel.masters.values():
+            master.grad = None
+        del batch
+        now = storages()
+        rows = [row for unit in getattr(parallel.gradients, "units", []) for _, row in unit.buffers]
+        states = [*parallel.parameters.values(), *parallel.masters.values(), *rows]
+        weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in states}
+        out.append((sum(weights.values()), sum(n for at, n in now.items() if before.get(at) != n)))
+        del parallel, optimizer, states, rows, master
+    return out
+
+
+@pytest.mark.parametrize("layout", ["dp=3", "dp=2,tp=2"])
+def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str) -> None:
+    runs = [
+        resolved(layout, zero=stage, dtype=dtype, optimizer=kind, freeze=freeze, steps=2)
+        for stage in range(4)
+        for dtype, kind, freeze in (
+            ("float32", "adamw", ()),
+            ("bfloat16", "adamw", ("layers.1",)),
+            ("float64", "sgd", ("embed",)),
+        )
+    ]
+    for rank, results in enumerate(ranks(kept, runs, world_size=runs[0].mesh.world_size)):
+        for run, (weights, total) in zip(runs, results, strict=True):
+            places = layout_of(run.model, run.mesh, 8, run.train.zero)
+            want = footprint(run, places, coordinates(run.mesh, rank))
+            assert (weights, total) == (want.weights + want.masters, want.total), f"rank {rank}: {run.train}"
+
+
+def test_what_sharding_saves() -> None:
+    """The table of the module's docstring: bf16 weights, AdamW, many ranks."""
+    model = ModelConfig(vocab_size=8000, hidden_size=512, intermediate_size=1536, num_layers=4, num_heads=8)
+    elements = sum(torch.Size(shape).numel() for shape in parameter_shapes(resolved("dp=1", model).model).values())
+    a_parameter = []
+    for stage in range(4):
+        run = resolved("dp=64", model, zero=stage, dtype="bfloat16")
+        kept = footprint(run, layout_of(run.model, run.mesh, 8, stage), coordinates(run.mesh, 0))
+        a_parameter.append(round(kept.total / elements, 2))
+    assert a_parameter == [18.0, 6 + 16 / 64, 2 + 16 / 64, round(18 / 64, 2)]
+
+
+# --- whole again, and the collectives ---------------------------------------------------------------------
+
+
+def gathered(layout: str) -> dict[str, Tensor]:
+    mesh = Mesh.build(MeshShape.parse(layout))
+    run = resolved(layout, replace(MODEL, num_heads=2, head_dim=4), zero=3)
+    parallel = parallelize(run, mesh, torch.device("cpu"))
+    found = {
+        name: gather(parallel.masters.get(name), place, mesh, torch.float32, torch.device("cpu"))
+        for name, place in parallel.layout.items()
+    }
+    return {name: whole for name, whole in found.items() if whole is not None}
+
+
+@pytest.mark.parametrize("layout", ["dp=4,tp=2", "dp=2,tp=2,pp=2"])
+def test_whole_weights_are_those_of_one_device(ranks: Ranks, layout: str) -> None:
+    from picotron_mini.model.gpt import initial_weight
+
+    config = resolved("dp=1", replace(MODEL, num_heads=2, head_dim=4)).model
+    first, *others = ranks(gathered, layout, world_size=8)
+    assert not any(others)
+    for name, shape in parameter_shapes(config).items():
+        assert torch.equal(first[name], initial_weight(config, name, shape, 0)), name
+
+
+def asynchronous(break_it: str = "") -> tuple[dict[Any, int], dict[str, int]]:
+    """In a rank: both collectives against what one process computes, and who counted what."""
+    axis = axis_of_world()
+    if break_it == "gather":
+        real = collectives._gather
+        collectives._gather = lambda out, x, **options: real(out, x.flip(0), **options)
+    if break_it == "scatter":
+        real = collectives._scatter
+        collectives._scatter = lambda out, x, **options: real(out, x.roll(len(out)), **options)
+    every = [torch.arange(4.0 * axis.size).view(axis.size, 4) + 100 * rank for rank in range(axis.size)]
+    whole, part = torch.empty(axis.size, 3), torch.empty(4)
+    with ledger.recording() as counted, Witness() as witness:
+        works = [
+            collectives.all_gather_async(whole, every[axis.index][0, :3].contiguous(), axis),
+            collectives.reduce_scatter_async(part, every[axis.index], axis),
+        ]
+        for work in works:
+            work.wait()
+    assert torch.equal(whole, torch.stack([x[0, :3] for x in every])), "all_gather_async"
+    assert torch.equal(part, torch.stack(every).sum(0)[axis.index]), "reduce_scatter_async"
+    return dict(counted), dict(witness.bytes)
+
+
+def test_asynchronous_collectives(ranks: Ranks) -> None:
+    for counted, seen in ranks(asynchronous, world_size=WORLD):
+        assert counted == {("dp", "all_gather"): 12, ("dp", "reduce_scatter"): 4 * 4 * WORLD}
+        assert seen == {"all_gather": 12, "reduce_scatter": 4 * 4 * WORLD}
+    assert ranks(asynchronous, world_size=1) == [({}, {})]
+
+
+@pytest.mark.parametrize("which", ["gather", "scatter"])
+def test_broken_ones_are_noticed(ranks: Ranks, which: str) -> None:
+    from picotron_mini.launch import RankError
+
+    with pytest.raises(RankError, match=f"AssertionError: .*{which}"):
+        ranks(asynchronous, which, world_size=2)
