@@ -1,0 +1,60 @@
+"""ZeRO computes what one device computes, on every kind of layout, and sends the bytes that were predicted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from picotron_mini.config import MeshShape
+from picotron_mini.verify import MODEL, TRAIN, verify
+
+FEW = {"vocab_size": 9, "num_heads": 2, "num_kv_heads": 2}  # over dp=4, tp=2 a rank has no row of the table
+CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "1, four ranks": ("dp=4", {}, {"zero": 1}),
+    "2, three ranks": ("dp=3", {}, {"zero": 2}),
+    "3, eight ranks": ("dp=8", {}, {"zero": 3}),
+    "1, one micro-batch, one bucket": (
+        "dp=2,tp=2",
+        {"qk_norm": True},
+        {"zero": 1, "micro_batches": 1, "bucket_mb": 9.0},
+    ),
+    "2, empty rows": ("dp=4,tp=2", FEW, {"zero": 2}),
+    "3, empty rows in a tied table": ("dp=4,pp=2", {"vocab_size": 5}, {"zero": 3}),
+    "1, three axes": ("dp=2,tp=2,pp=2", {}, {"zero": 1}),
+    "2, three axes, all forward": ("dp=2,tp=2,pp=2", {"qk_norm": True}, {"zero": 2, "schedule": "afab"}),
+    "3, three axes": ("dp=2,tp=2,pp=2", {"qk_norm": True}, {"zero": 3}),
+    "1, frozen": ("dp=2,pp=2", {"tie_embeddings": False}, {"zero": 1, "freeze": ("embed", "layers.0")}),
+    "2, frozen table": ("dp=2,pp=2", {}, {"zero": 2, "freeze": ("embed",)}),
+    "3, frozen below": ("dp=3", {"tie_embeddings": False}, {"zero": 3, "freeze": ("embed", "layers.0")}),
+    "3, only the head trained": (
+        "dp=2,tp=2",
+        {"tie_embeddings": False},
+        {"zero": 3, "freeze": ("embed", "layers", "norm"), "document_mask": True},
+    ),
+}
+
+
+def check(layout: str, model: dict[str, object], train: dict[str, object]) -> None:
+    size = replace(MODEL, **{"num_layers": MeshShape.parse(layout).pp + 1} | model)  # type: ignore[arg-type]
+    report = verify(layout, size, replace(TRAIN, **train))  # type: ignore[arg-type]
+    found = [f"{d.quantity}: {d.error:.2e} at {d.where}" for d in report.differences]
+    assert report.ok, f"first {report.first_divergence}; {found}; {report.bytes_problems}"
+    assert {d.quantity for d in report.differences} == {"loss", "gradients", "gradient norm", "weights"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks(stage: int) -> None:
+    check("dp=2", {"num_layers": 1}, {"zero": stage})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_layouts(case: str) -> None:
+    check(*CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bfloat16_with_masters(stage: int) -> None:
+    check("dp=2,tp=2", {}, {"zero": stage, "dtype": "bfloat16", "steps": 2})
