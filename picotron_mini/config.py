@@ -140,6 +140,7 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()  # parameters that stay as they are, by how their names begin, as embed or layers.0
     bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
+    zero_group: int = 0  # dp ranks that share one copy of what zero cuts; 0: all of them, fewer: HSDP
     eval_every: int = 100  # steps between validations; 0: only at the end
     eval_batches: int = 8
     seed: int = 0
@@ -286,6 +287,12 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
     elif train.zero and mesh.dp == 1:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
+    if train.zero_group and not train.zero:
+        found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
+    elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):
+        fits = [d for d in _divisors(mesh.dp) if d > 1]
+        near = f"zero_group could be {_nearest(train.zero_group, fits)}" if fits else "leave it out"
+        found.append(f"zero_group={train.zero_group} does not cut dp={mesh.dp} into groups of 2 or more; {near}")
     if not 0 < run.data.val_fraction < 1:
         found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
     if found:

@@ -29,7 +29,7 @@ class Shard:
 
     Where an earlier shard of the same placement has cut this dim already, the ranges are inside that part. Parts may
     be uneven; the ranges are then those of the longest part (the first), and what lies beyond a shorter part's end is
-    not there. So all ranks pad to the same size.
+    not there. So all ranks pad to the same size. Ranges that come again are copies: (0, 4) (4, 8) (0, 4) (4, 8).
     """
 
     axis: str
@@ -82,6 +82,8 @@ class Placement:
     def counts(self, index: Mapping[str, int]) -> bool:
         """Whether this rank is the one, of those with the same copy, that a sum over all ranks should count."""
         sharded = {shard.axis for shard in self.shards}
+        if any(shard.ranges.index(shard.ranges[i := index[shard.axis]]) != i for shard in self.shards):
+            return False  # a rank before has the same range
         return index["pp"] == self.stages[0] and all(i == 0 for a, i in index.items() if a not in sharded | {"pp"})
 
 

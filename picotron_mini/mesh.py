@@ -100,3 +100,24 @@ class Mesh:
             return Axis("world", self.shape.world_size, self.rank, tuple(range(self.shape.world_size)))
         base = axis_of(self.shape, self.rank, name.removesuffix(".backward"))
         return Axis(name, base.size, base.index, base.ranks)
+
+    def halves(self, name: str, size: int) -> tuple[Axis, Axis]:
+        """Cut an axis into groups of `size` neighbours: the group of this rank, and the ranks at its place in each.
+
+        Makes the process groups that are missing, so every rank must call it. The ledger counts both as `name`.
+        """
+        axes = []
+        for rank in range(self.shape.world_size):
+            base = axis_of(self.shape, rank, name)
+            start = base.index - base.index % size
+            axes += [
+                (rank, Axis(name, size, base.index % size, base.ranks[start : start + size])),
+                (rank, Axis(name, base.size // size, base.index // size, base.ranks[base.index % size :: size])),
+            ]
+        for _, axis in axes:
+            if axis.size > 1 and axis.index == 0 and axis.key not in GROUPS:
+                group = dist.new_group(list(axis.ranks))
+                assert group is not None
+                GROUPS[axis.key] = group
+        inside, across = (axis for rank, axis in axes if rank == self.rank)
+        return inside, across

@@ -133,7 +133,7 @@ def verify(
     ]
     run = runs[0]
     device = "cuda" if train.device == "cuda" else "cpu"
-    whole = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero)
+    whole = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero, run.train.zero_group)
     check_frozen(run.model, run.train.freeze)
     predicted = [predict_step(run, whole, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
     batches = make_batches(run)

@@ -25,7 +25,7 @@ WHEN = {
 
 
 ZERO = {  # ... and with zero=1, 2, 3
-    ("dp", "all_reduce"): ["the number of targets"] * 3,
+    ("dp", "all_reduce"): ["the number of targets; with zero_group, gradients over the groups"] * 3,
     ("dp", "reduce_scatter"): [
         "gradients, while the last micro-batch's backward runs",
         "gradients, while each micro-batch's backward runs",
@@ -49,7 +49,7 @@ def describe(run: RunConfig) -> RenderableType:
     Args:
         run: resolved, with the vocabulary's size filled.
     """
-    layout = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero)
+    layout = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero, run.train.zero_group)
     what = "masters and gradients" if run.train.zero in (1, 2) else "parameters"
     places = Table(title=f"where the {what} live: {run.layout}", title_justify="left")
     for column in ("parameter", "shape", "stages", "split", "gradient summed over"):

@@ -1,7 +1,7 @@
 """What a rank keeps from step to step, from a layout alone: weights, gradients, masters, optimizer state.
 
 With E elements of parameters on a rank (its stage, its tensor-parallel slices), w bytes a weight, g = max(w, 4) a
-gradient element, N = dp; E/N stands for the rows that the rank owns, and C for its padded columns (rows.py):
+gradient element, N = dp (or zero_group); E/N stands for the rows that the rank owns, C for its padded columns:
 
                  weights     gradients                    masters if w < 4    AdamW
     zero 0       w E         g (E + P)                    4 E                 2 g E
@@ -57,7 +57,7 @@ def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footp
     if train.zero:
         columns = {name: place.padded_size("dp", index) for name, place in mine.items()}
         part = sum(columns[name] for name in trained) + len(trained)
-        gradients = wide * part * (1 + run.mesh.dp if train.zero == 1 else 1)
+        gradients = wide * part * (1 + (train.zero_group or run.mesh.dp) if train.zero == 1 else 1)
         weights = itemsize * (sum(columns.values()) if train.zero == 3 else whole)
     else:
         gradients, weights = wide * (state + len(trained)), itemsize * whole

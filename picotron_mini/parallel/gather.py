@@ -31,8 +31,10 @@ def gather(
         whole = local.detach()
         for shard in reversed(placement.shards):  # the last cut is the first to be put together
             placement = placement.without(shard.axis)
-            whole = all_gather(whole, mesh[shard.axis], shard.dim, shard.ranges[-1][1])
-            whole = whole.narrow(shard.dim, 0, placement.local_shape(index)[shard.dim])
+            missing = shard.ranges[0][1] - whole.shape[shard.dim]  # all_gather wants equal parts
+            pad = whole.new_zeros([missing if d == shard.dim else n for d, n in enumerate(whole.shape)])
+            whole = all_gather(torch.cat([whole, pad], shard.dim), mesh[shard.axis], shard.dim)
+            whole = whole.narrow(shard.dim, 0, placement.local_shape(index)[shard.dim])  # copies come later
     if home != 0 and index["dp"] == index["tp"] == 0:
         if whole is not None:
             send(whole.contiguous(), mesh["pp"], 0).wait()

@@ -62,7 +62,7 @@ def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     return balance(costs, stages, last_extra=head_flops(model))
 
 
-def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int, zero: int = 0) -> Layout:
+def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int, zero: int = 0, zero_group: int = 0) -> Layout:
     """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch.
 
     With `zero` it is where the master and the gradient live; the weights that compute uses are cut like them by zero=3
@@ -85,7 +85,8 @@ def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int, zero: int = 0) 
         )
         if zero:
             rows = shards[0].ranges[0][1] if dim == 0 and shards else shape[0]  # of the longest part
-            shards += (Shard("dp", 0, split(rows, mesh.dp)),)
+            group = zero_group or mesh.dp
+            shards += (Shard("dp", 0, split(rows, group) * (mesh.dp // group)),)
         if is_partial(name):
             sum_axes += ("tp",)
         if len(holders) > 1:
@@ -114,7 +115,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """
     config, train = run.model, run.train
     index = coordinates(mesh.shape, mesh.rank)
-    layout = layout_of(config, mesh.shape, train.seq_len, train.zero)
+    layout = layout_of(config, mesh.shape, train.seq_len, train.zero, train.zero_group)
 
     # 1 pipeline, 2 tensor: on the meta device, where tensors have shapes and no memory
     layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
@@ -170,9 +171,12 @@ def _sharded(
     model: GPT, parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig, rows: dict[nn.Parameter, int]
 ) -> ShardedGradients | ShardedWeights:
     """Cut over dp what `zero` says. Rows: of dim 0, that each dp rank owns."""
+    axis, copies = mesh["dp"], None
+    if train.zero_group not in (0, axis.size):
+        axis, copies = mesh.halves("dp", train.zero_group)
     if train.zero == 3:
         units = [model.embed, *model.layers.values(), model.norm, model.head]
-        return ShardedWeights([unit for unit in units if unit is not None], mesh["dp"], rows=rows)
+        return ShardedWeights([unit for unit in units if unit is not None], axis, rows=rows, copies=copies)
     start = "last" if train.zero == 1 else "each"
     size = train.bucket_mb * 2**20
-    return ShardedGradients(alike(parameters.values()), mesh["dp"], start=start, rows=rows, bucket_bytes=size)
+    return ShardedGradients(alike(parameters.values()), axis, start=start, rows=rows, bucket_bytes=size, copies=copies)

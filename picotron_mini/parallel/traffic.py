@@ -14,6 +14,7 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
             reduce_scatter  dp g (C + parameters), times m with zero > 1    gradients and their flags
             all_gather    C itemsize                            zero < 3: the updated weights
             all_gather    m C itemsize for each use             zero 3: weights, before forward and before backward
+            all_reduce    g (C + parameters)                    zero_group < dp, which then stands for dp here
     pp      send          m a from all but the last stage       activations
             send          m a from all but the first            their gradients
             send          g elements, from both ends            a tied embedding
@@ -78,7 +79,10 @@ def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], i
     columns = {name: place.padded_size("dp", index) for name, place in mine.items()}
     room = sum(columns[name] for name in trained) + len(trained)
     out: Traffic = Counter()
-    out["dp", "reduce_scatter"] = mesh.dp * max(itemsize, 4) * room * (1 if train.zero == 1 else train.micro_batches)
+    group = train.zero_group or mesh.dp
+    if group < mesh.dp:
+        out["dp", "all_reduce"] = max(itemsize, 4) * room  # over the groups
+    out["dp", "reduce_scatter"] = group * max(itemsize, 4) * room * (1 if train.zero == 1 else train.micro_batches)
     if train.zero < 3:
         out["dp", "all_gather"] = itemsize * sum(columns[name] for name in trained)
         return out

@@ -24,6 +24,9 @@ Cost a step in payload, with P trained parameters of E elements, C >= E / N the 
 element (4 at least) and w a weight:
     reduce_scatter   N (C + P) g, in ZeRO 2 times m;      all_gather   C w, which a ring hands on N - 1 times
 
+Hybrid (HSDP, arXiv 2304.11277): cut inside groups of N neighbours with fast links, so that each group has a copy of
+all. Once a step the rows are summed over the groups: an all_reduce of (C + P) g bytes.
+
 Papers: ZeRO (arXiv 1910.02054). PyTorch's own for ZeRO 1: torch.distributed.optim.ZeroRedundancyOptimizer.
 Legend: N ranks of the axis, C columns of a buffer.
 """
@@ -38,7 +41,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Work, all_gather_async, reduce_scatter_async
+from ..collectives import Work, all_gather_async, all_reduce_async, reduce_scatter_async
 from ..mesh import Axis
 from .data import bucket
 from .rows import Cut, cut
@@ -78,13 +81,15 @@ class ShardedGradients:
             "told": in every one, when `start_of` is called, one bucket a group (ZeRO 3).
         rows: as `cut` has it.
         bucket_bytes: size at which a bucket is closed.
+        copies: the ranks that own the same rows in other groups (HSDP): once a step the rows are summed over them too.
     """
 
     def __init__(
         self, groups: Sequence[Sequence[nn.Parameter]], axis: Axis, *, start: str,
-        rows: Mapping[nn.Parameter, int] | None = None, bucket_bytes: float = 25 * 2**20,
+        rows: Mapping[nn.Parameter, int] | None = None, bucket_bytes: float = 25 * 2**20, copies: Axis | None = None,
     ) -> None:  # fmt: skip
         self.axis, self.when, self.armed, self.rows = axis, start, False, rows or {}
+        self.copies = copies
         self.next = 0  # the bucket whose reduction is to be started next: all ranks need one order
         self.buckets: list[_Bucket] = []
         self._place: dict[nn.Parameter, tuple[_Bucket, int]] = {}
@@ -179,6 +184,9 @@ class ShardedGradients:
                 self._start(each)
         while self._under_way:
             self._finish_oldest()
+        if self.copies is not None:
+            for work in [all_reduce_async(each.shard, self.copies) for each in self.buckets]:
+                work.wait()
         for each in self.buckets:
             if not all(each.seen):  # only a rank that misses a gradient looks whether another has it: reading waits
                 had = each.shard[each.columns :].tolist()

@@ -79,14 +79,16 @@ class ShardedWeights:
 
     Args:
         modules: in the order in which the forward uses them; between them they have all parameters.
-        rows: as `zero.cut` has it.
+        rows: as `rows.cut` has it.
+        copies: as `ShardedGradients` has it.
 
     A parameter's value is taken over from the module, unless it has no storage (see `empty`); then fill `own`.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None
-    ) -> None:
+        self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None,
+        copies: Axis | None = None,
+    ) -> None:  # fmt: skip
         self.axis = axis
         self._own: dict[nn.Parameter, Tensor] = {}
         self.units: list[_Unit] = [_Unit([])] * len(modules)  # by place; the same twice where modules share a parameter
@@ -96,7 +98,7 @@ class ShardedWeights:
                 self.units[place] = unit
         self.gradients = ShardedGradients(
             [[c.parameter for c in cuts] for unit in dict.fromkeys(self.units) for cuts, _ in unit.buffers], axis,
-            start="told", rows=rows,
+            start="told", rows=rows, copies=copies,
         )  # fmt: skip
         self.uses = [
             Use(

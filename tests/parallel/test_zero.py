@@ -62,12 +62,14 @@ def test_a_shorter_part_ends_where_it_ends() -> None:
     assert {place.padded_size("dp", {"pp": 0, "dp": dp, "tp": tp}) for dp in range(4) for tp in range(2)} == {2}
 
 
-@pytest.mark.parametrize("layout", ["dp=3", "dp=2,tp=2", "dp=4,tp=2", "dp=8", "dp=3,tp=2,pp=2"])
+@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize("layout", ["dp=4,tp=2", "dp=8", "dp=6,tp=2,pp=2"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_element_has_one_owner(layout: str, tied: bool) -> None:
+def test_every_element_has_one_owner_a_group(layout: str, tied: bool, group: int) -> None:
     mesh = MeshShape.parse(layout)
     model = replace(MODEL, tie_embeddings=tied, head_dim=4, qk_norm=True)
-    for name, place in layout_of(model, mesh, 8, zero=3).items():
+    groups = mesh.dp // group if group else 1
+    for name, place in layout_of(model, mesh, 8, zero=3, zero_group=group).items():
         assert [shard.axis for shard in place.shards][-1] == "dp"
         held_by, counted = torch.zeros(place.shape), torch.zeros(place.shape)
         for index in (coordinates(mesh, rank) for rank in range(mesh.world_size)):
@@ -76,7 +78,7 @@ def test_every_element_has_one_owner(layout: str, tied: bool) -> None:
             if place.counts(index):
                 counted[place.slices(index)] += 1
         tensor_parallel = any(shard.axis == "tp" for shard in place.shards)
-        assert bool((held_by == len(place.stages) * (1 if tensor_parallel else mesh.tp)).all()), name
+        assert bool((held_by == groups * len(place.stages) * (1 if tensor_parallel else mesh.tp)).all()), name
         assert bool((counted == 1).all()), f"{name}: the norm would be wrong"
 
 
@@ -127,6 +129,11 @@ def test_settings() -> None:
     with pytest.raises(ConfigError, match="train.zero=7 is not one of 0, 1, 2, 3"):
         from_dict(RunConfig, {"train": {"zero": 7}})
     assert resolved("dp=2", zero=3).train.zero == 3
+    with pytest.raises(ConfigError, match="zero_group=2 says how zero cuts, and zero=0 does not"):
+        resolved("dp=4", zero_group=2)
+    with pytest.raises(ConfigError, match="zero_group=3 does not cut dp=4 into groups of 2 or more; .* be 2 or 4"):
+        resolved("dp=4", zero=1, zero_group=3)
+    assert resolved("dp=4", zero=1, zero_group=2).train.zero_group == 2
 
 
 # --- bytes, by hand ---------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ EVEN = replace(MODEL, vocab_size=36)
 
 def predicted(layout: str, model: ModelConfig = EVEN, **train: object) -> dict[tuple[str, str], int]:
     run = resolved(layout, model, **train)
-    places = layout_of(run.model, run.mesh, 8, run.train.zero)
+    places = layout_of(run.model, run.mesh, 8, run.train.zero, run.train.zero_group)
     return dict(predict_step(run, places, coordinates(run.mesh, 0)))
 
 
@@ -149,6 +156,12 @@ def test_bytes_where_all_is_even() -> None:
     assert predicted("dp=2", zero=2) == small | {("dp", "reduce_scatter"): 3 * scatter, ("dp", "all_gather"): shard}
     twice = 3 * 2 * (shard + 4 * 36 * 16 // 2)  # forward and backward; the tied table at both ends
     assert predicted("dp=2", zero=3) == small | {("dp", "reduce_scatter"): 3 * scatter, ("dp", "all_gather"): twice}
+
+
+def test_groups_sum_their_rows_once() -> None:
+    two, groups = predicted("dp=2", zero=2), predicted("dp=8", zero=2, zero_group=2)
+    rows = two["dp", "reduce_scatter"] // 3 // 2
+    assert groups == two | {("dp", "all_reduce"): 8 + rows}
 
 
 def test_padding_counts() -> None:
@@ -512,6 +525,8 @@ def storages() -> dict[int, int]:
 def kept(runs: list[RunConfig]) -> list[tuple[int, int]]:
     """In a rank, for each run: the bytes of weights and masters, and of all that a training keeps."""
     mesh = Mesh.build(runs[0].mesh)
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through
     out = []
     for run in runs:
         before = storages()
@@ -533,20 +548,19 @@ def kept(runs: list[RunConfig]) -> list[tuple[int, int]]:
     return out
 
 
-@pytest.mark.parametrize("layout", ["dp=3", "dp=2,tp=2"])
-def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str) -> None:
+@pytest.mark.parametrize(("layout", "group"), [("dp=3", 0), ("dp=2,tp=2", 0), ("dp=4", 2)])
+def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str, group: int) -> None:
     runs = [
-        resolved(layout, zero=stage, dtype=dtype, optimizer=kind, freeze=freeze, steps=2)
-        for stage in range(4)
+        resolved(layout, zero=stage, zero_group=group, dtype=dtype, optimizer=kind, freeze=freeze, steps=2)
+        for stage in range(1 if group else 0, 4)
         for dtype, kind, freeze in (
-            ("float32", "adamw", ()),
             ("bfloat16", "adamw", ("layers.1",)),
             ("float64", "sgd", ("embed",)),
         )
     ]
     for rank, results in enumerate(ranks(kept, runs, world_size=runs[0].mesh.world_size)):
         for run, (weights, total) in zip(runs, results, strict=True):
-            places = layout_of(run.model, run.mesh, 8, run.train.zero)
+            places = layout_of(run.model, run.mesh, 8, run.train.zero, run.train.zero_group)
             want = footprint(run, places, coordinates(run.mesh, rank))
             assert (weights, total) == (want.weights + want.masters, want.total), f"rank {rank}: {run.train}"
 
@@ -566,9 +580,9 @@ def test_what_sharding_saves() -> None:
 # --- whole again, and the collectives ---------------------------------------------------------------------
 
 
-def gathered(layout: str) -> dict[str, Tensor]:
+def gathered(layout: str, group: int) -> dict[str, Tensor]:
     mesh = Mesh.build(MeshShape.parse(layout))
-    run = resolved(layout, replace(MODEL, num_heads=2, head_dim=4), zero=3)
+    run = resolved(layout, replace(MODEL, num_heads=2, head_dim=4), zero=3, zero_group=group)
     parallel = parallelize(run, mesh, torch.device("cpu"))
     found = {
         name: gather(parallel.masters.get(name), place, mesh, torch.float32, torch.device("cpu"))
@@ -577,15 +591,29 @@ def gathered(layout: str) -> dict[str, Tensor]:
     return {name: whole for name, whole in found.items() if whole is not None}
 
 
-@pytest.mark.parametrize("layout", ["dp=4,tp=2", "dp=2,tp=2,pp=2"])
-def test_whole_weights_are_those_of_one_device(ranks: Ranks, layout: str) -> None:
+@pytest.mark.parametrize(("layout", "group"), [("dp=4,tp=2", 0), ("dp=2,tp=2,pp=2", 0), ("dp=4,tp=2", 2)])
+def test_whole_weights_are_those_of_one_device(ranks: Ranks, layout: str, group: int) -> None:
     from picotron_mini.model.gpt import initial_weight
 
     config = resolved("dp=1", replace(MODEL, num_heads=2, head_dim=4)).model
-    first, *others = ranks(gathered, layout, world_size=8)
+    first, *others = ranks(gathered, layout, group, world_size=8)
     assert not any(others)
     for name, shape in parameter_shapes(config).items():
         assert torch.equal(first[name], initial_weight(config, name, shape, 0)), name
+
+
+def halved() -> tuple[list[tuple[int, int, tuple[int, ...]]], float, float]:
+    mesh = Mesh.build(MeshShape(dp=4, tp=2))
+    inside, across = mesh.halves("dp", 2)
+    mine = torch.tensor([10.0**mesh.rank])
+    sums = [collectives.all_reduce(mine, axis).item() for axis in (inside, across)]
+    return [(axis.size, axis.index, axis.ranks) for axis in (inside, across)], sums[0], sums[1]
+
+
+def test_halves_of_an_axis(ranks: Ranks) -> None:
+    results = ranks(halved, world_size=8)
+    assert results[5] == ([(2, 0, (5, 7)), (2, 1, (1, 5))], 1e5 + 1e7, 1e1 + 1e5)
+    assert results[2] == ([(2, 1, (0, 2)), (2, 0, (2, 6))], 1e0 + 1e2, 1e2 + 1e6)
 
 
 def asynchronous(break_it: str = "") -> tuple[dict[Any, int], dict[str, int]]:

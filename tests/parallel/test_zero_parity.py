@@ -24,9 +24,10 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "1, three axes": ("dp=2,tp=2,pp=2", {}, {"zero": 1}),
     "2, three axes, all forward": ("dp=2,tp=2,pp=2", {"qk_norm": True}, {"zero": 2, "schedule": "afab"}),
     "3, three axes": ("dp=2,tp=2,pp=2", {"qk_norm": True}, {"zero": 3}),
-    "1, frozen": ("dp=2,pp=2", {"tie_embeddings": False}, {"zero": 1, "freeze": ("embed", "layers.0")}),
     "2, frozen table": ("dp=2,pp=2", {}, {"zero": 2, "freeze": ("embed",)}),
     "3, frozen below": ("dp=3", {"tie_embeddings": False}, {"zero": 3, "freeze": ("embed", "layers.0")}),
+    "1, two groups": ("dp=4", {}, {"zero": 1, "zero_group": 2}),
+    "3, two groups": ("dp=4,tp=2", {"qk_norm": True}, {"zero": 3, "zero_group": 2}),
     "3, only the head trained": (
         "dp=2,tp=2",
         {"tie_embeddings": False},
