@@ -19,6 +19,10 @@ from .traffic import predict_step
 WHEN = {
     ("dp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
     ("tp", "all_reduce"): "exits of attention and MLP, their entries backward, the loss over the split vocabulary",
+    ("dp_cp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
+    ("cp", "send"): "keys and values round the ring, beside each layer's attention; backward again, with gradients",
+    ("cp", "all_to_all"): "tokens against heads, before and after each layer's attention, forward and backward",
+    ("cp", "all_gather"): "documents of the whole sequence, for each layer's attention",
     ("pp", "send"): "hidden states to the next stage, their gradients to the previous one; a tied embedding",
     ("world", "all_reduce"): "loss, gradient norm and stop flag, at the end of the step",
 }

@@ -2,6 +2,7 @@
 
     1 pipeline   keep this stage's layers, so that the rest never takes memory
     2 tensor     cut the weights of what is left
+      context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
     5 compile    the blocks, with the exchanges of 2 inside them
@@ -22,6 +23,7 @@ from ..layout import Layout, Placement, Shard, split
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
+from .context import context_parallel
 from .data import GradientBuckets
 from .schedules import balance
 from .tensor import is_partial, sharded_dim, tensor_parallel
@@ -64,7 +66,7 @@ def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
     stages = stage_layers(model, mesh.pp, seq_len)
     out = {}
     for name, shape in parameter_shapes(model).items():
-        sum_axes: tuple[str, ...] = ("dp",)
+        sum_axes: tuple[str, ...] = ("dp", "cp") if mesh.cp > 1 else ("dp",)
         if name.startswith("layers."):
             layer = int(name.split(".")[1])
             holders: tuple[int, ...] = (next(s for s, layers in enumerate(stages) if layer in layers),)
@@ -104,11 +106,12 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     index = coordinates(mesh.shape, mesh.rank)
     layout = layout_of(config, mesh.shape, train.seq_len)
 
-    # 1 pipeline, 2 tensor: on the meta device, where tensors have shapes and no memory
+    # 1 pipeline, 2 tensor, context: on the meta device, where tensors have shapes and no memory
     layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
     with torch.device("meta"):
         model = GPT(config, layers=layers, embed=index["pp"] == 0, head=index["pp"] == mesh.shape.pp - 1)
     tensor_parallel(model, mesh["tp"])
+    context_parallel(model, mesh["cp"], train.context)
 
     # 3 weights
     model.to_empty(device=device)
@@ -134,5 +137,5 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             model.cross_entropy = torch.compile(model.cross_entropy)
 
     # 6 data
-    buckets = GradientBuckets(parameters.values(), mesh["dp"], train.bucket_mb * 2**20)
+    buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
     return Parallel(run, mesh, layout, model, parameters, masters, buckets, device)

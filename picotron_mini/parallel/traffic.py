@@ -5,7 +5,8 @@ really passes, and the tests require the two to be equal, to the byte. With a = 
 hidden states), m micro-batches, g bytes a gradient element (at least 4) and w bytes of a logit in float32 or wider:
 
     axis    operation     bytes                                 what for
-    dp      all_reduce    g (elements + parameters) + 8         gradients and their flags; the number of targets
+    dp      all_reduce    g (elements + parameters) + 8         gradients and their flags; the number of targets;
+                                                                the axis is dp_cp where cp > 1
     tp      all_reduce    m a (2 + 2) a layer                   exits of attention and MLP; their entries, backward
             all_reduce    m a on the first stage, m a on the last    embedding; entry of the head, backward
             all_reduce    3 m B T w on the last stage           loss over the split vocabulary
@@ -13,8 +14,13 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
     pp      send          m a from all but the last stage       activations
             send          m a from all but the first            their gradients
             send          g elements, from both ends            a tied embedding
+    cp      send          m (cp-1) (kv itemsize + 8 B T) a layer    ring: keys, values; documents where masked
+            send          m kv ((cp-1) itemsize + cp g) a layer     backward: keys, values; their gradients
+            all_to_all    2 m B T (2 H + 2 Hkv) Dh itemsize a layer    ulysses: into heads and back, forward, backward
+            all_gather    8 m B T a layer                       ulysses: documents where masked
     world   all_reduce    24                                    loss, squared norm, stop
 
+T is a rank's share of the sequence, T / cp; kv = 2 B T Hkv Dh and H, Hkv are a rank's share of the heads, / tp.
 An entry's backward exchange happens only if a gradient flows there: below the first trained parameter none does.
 """
 
@@ -42,13 +48,13 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     trained = {name: place.local_size(index) for name, place in mine.items() if not name.startswith(train.freeze)}
     itemsize = ITEMSIZE[train.dtype]
     wide = max(itemsize, 4)
-    tokens = train.micro_batch_size * train.seq_len
+    tokens = train.micro_batch_size * train.seq_len // mesh.cp
     hidden = tokens * run.model.hidden_size * itemsize
     first, last = index["pp"] == 0, index["pp"] == mesh.pp - 1
 
     out: Traffic = Counter()
-    if mesh.dp > 1:
-        out["dp", "all_reduce"] += wide * (sum(trained.values()) + len(trained)) + 8
+    if mesh.dp * mesh.cp > 1:
+        out["dp" if mesh.cp == 1 else "dp_cp", "all_reduce"] += wide * (sum(trained.values()) + len(trained)) + 8
     if mesh.tp > 1:
         entries = _entries_with_gradient(list(mine), set(trained), flows=not first, head=last)
         exits = sum(name.endswith(("attention.o.weight", "mlp.down.weight")) for name in mine) + first
@@ -56,12 +62,42 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
         if last:
             out["tp", "all_reduce"] += train.micro_batches * 3 * tokens * wide
         out["tp", "all_reduce"] += wide * sum(n for name, n in trained.items() if "tp" in mine[name].sum_axes)
+    if mesh.cp > 1:
+        out += _context(run, list(mine), set(trained), tokens, flows=not first)
     if mesh.pp > 1:
         out["pp", "send"] += train.micro_batches * hidden * ((not last) + (not first))
         out["pp", "send"] += wide * sum(n for name, n in trained.items() if "pp" in mine[name].sum_axes)
     if mesh.world_size > 1:
         out["world", "all_reduce"] += 24
     return +out  # without zeros
+
+
+def _context(run: RunConfig, names: list[str], trained: set[str], tokens: int, flows: bool) -> Traffic:
+    """What attention over a split sequence sends: of each layer forward, and backward where a gradient reaches it.
+
+    Args:
+        names, trained, flows: as in `_entries_with_gradient`.
+        tokens: of a micro-batch, on this rank.
+    """
+    model, mesh, train = run.model, run.mesh, run.train
+    itemsize = ITEMSIZE[train.dtype]
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    kv = 2 * tokens * model.num_kv_heads // mesh.tp * head_dim
+    trade = (2 * tokens * model.num_heads // mesh.tp * head_dim + kv) * itemsize
+    documents = 8 * tokens * train.document_mask
+    out: Traffic = Counter()
+    for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
+        own = [name for name in trained if name.startswith(f"layers.{layer}.")]
+        above = ("attention.o.weight", "mlp_norm.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
+        reached = flows or "embed.weight" in trained or any(not name.endswith(above) for name in own)
+        flows = reached or bool(own)
+        if train.context == "ring":
+            hops = (mesh.cp - 1) * (kv * itemsize * (1 + reached) + documents)
+            out["cp", "send"] += train.micro_batches * (hops + reached * mesh.cp * kv * max(itemsize, 4))
+        else:
+            out["cp", "all_to_all"] += train.micro_batches * trade * (1 + reached)
+            out["cp", "all_gather"] += train.micro_batches * documents
+    return out
 
 
 def _entries_with_gradient(names: list[str], trained: set[str], flows: bool, head: bool) -> int:

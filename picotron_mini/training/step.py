@@ -4,7 +4,7 @@
     -> global norm -> clip -> optimizer -> round masters into weights
 
 Gradient accumulation is the pipeline's schedule with one stage. Two small exchanges go with each step: the number of
-target tokens over dp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
+target tokens over dp and cp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..collectives import all_reduce
 from ..data.loader import Batch
 from ..mesh import coordinates
 from ..model.gpt import IGNORE
+from ..parallel.context import context_slice
 from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
 from ..parallel.pipeline import run_forward, run_pipeline
@@ -41,15 +42,16 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     """Fill `parallel.gradients` with the gradient of the mean loss over the *global* batch.
 
     Args:
-        micro_batches: this data rank's share, on its device.
+        micro_batches: this data rank's share, on its device, in whole sequences; this rank's part of each is cut here.
 
     Returns:
-        The summed loss of this data rank (0 except on the last stage) divided by the global number of targets, and
-        that number; both scalars on the device.
+        The summed loss of this rank's tokens (0 except on the last stage) divided by the global number of targets,
+        and that number; both scalars on the device.
     """
     train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
+    micro_batches = [context_slice(batch, mesh["cp"], train.context) for batch in micro_batches]
     targets = sum((batch.targets != IGNORE).sum() for batch in micro_batches)
-    tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp"])
+    tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp_cp"])
 
     def forward(m: int, hidden: Tensor | None) -> Tensor:
         batch = micro_batches[m]
@@ -64,7 +66,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         forward=forward,
         axis=pp,
         gradient_axis=mesh["pp.backward"],
-        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        shape=(train.micro_batch_size, train.seq_len // mesh.shape.cp, parallel.run.model.hidden_size),
         dtype=parallel.dtype,
         device=parallel.device,
         before_last_backward=parallel.gradients.arm,
@@ -138,6 +140,7 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         stop: this rank was asked to stop; the third value says whether any was.
     """
     train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
+    batches = [context_slice(batch, mesh["cp"], train.context) for batch in batches]
 
     def forward(m: int, hidden: Tensor | None) -> Tensor:
         batch = batches[m]
@@ -149,7 +152,7 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         len(batches),
         forward=forward,
         axis=mesh["pp"],
-        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        shape=(train.micro_batch_size, train.seq_len // mesh.shape.cp, parallel.run.model.hidden_size),
         dtype=parallel.dtype,
         device=parallel.device,
     ).double()
