@@ -10,8 +10,9 @@ ranks have the fastest links. With pp=2, dp=2, tp=2 (and cp=1):
           dp=1     6     7
 
 So   rank = ((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_index,   and an axis is the set of ranks that
-differ in that one index only. One axis is made of two: `mesh["dp_cp"]`, the ranks that differ in dp or cp, which hold
-the same weights and see other tokens, so gradients are summed over it. A technique is handed one `Axis` and never the whole mesh.
+differ in that one index only. One axis is made of two: `mesh["dp_cp"]`, the ranks that differ in dp or cp. They hold
+the same weights and see other tokens, so gradients are summed over it. A technique is handed one `Axis` and never the
+whole mesh.
 """
 
 from __future__ import annotations

@@ -75,9 +75,13 @@ def check_values(shape: MeshShape, dtype: torch.dtype) -> None:
     for work in works:
         work.wait()
     same(buffer, every[r - 1], "send and receive")
+    arriving, work = collectives.rotate(x.T.contiguous(), axis)
+    work.wait()
+    same(arriving, every[r - 1].T, "rotate")
     collectives.barrier(axis)
     same(collectives.reduce_from(x, axis), total, "reduce_from")
     same(collectives.copy_to(x, axis), x, "copy_to")
+    same(collectives.exchange(x, axis), torch.cat([other.chunk(n)[r] for other in every]), "exchange")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -137,6 +141,21 @@ def test_gradients_of_the_pair_are_those_of_one_device(ranks, size: int) -> None
         torch.testing.assert_close(got_b, second.grad.chunk(size, 0)[rank], rtol=1e-12, atol=0)
 
 
+def check_gradient_of_exchange(shape: MeshShape) -> None:
+    """In a rank: every rank gives what it receives a weight of its own, and it comes back from where the part went."""
+    axis = Mesh.build(shape)["tp"]
+    x = ours(axis.index).requires_grad_()
+    (collectives.exchange(x, axis) * (axis.index + 1)).sum().backward()
+    assert x.grad is not None
+    came = [part.unique().tolist() for part in x.grad.chunk(axis.size)]
+    assert came == [[j + 1.0] for j in range(axis.size)], came
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient_of_exchange(ranks, size: int) -> None:
+    ranks(check_gradient_of_exchange, MeshShape(tp=size), world_size=size)
+
+
 # --- bytes ------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +178,8 @@ def use_everything(mesh: Mesh) -> None:
         work.wait()
     x = torch.ones(29, requires_grad=True)
     collectives.reduce_from(collectives.copy_to(x, axis).exp(), axis).sum().backward()
+    collectives.rotate(torch.ones(31), axis)[1].wait()
+    collectives.exchange(torch.ones(37 * n, requires_grad=True), axis).sum().backward()
 
 
 def ledger_and_witness(shape: MeshShape) -> tuple[dict[Any, int], dict[str, int], dict[str, int]]:
@@ -176,15 +197,16 @@ def test_the_ledger_counts_what_the_witness_sees(ranks, size: int) -> None:
             ("tp", "all_reduce"): 3 * 4 + 5 * 8 + 19 * 4 + 2 * 29 * 4,
             ("tp", "all_gather"): 14 * 4 + shard,
             ("tp", "reduce_scatter"): 2 * 11 * size * 2,
-            ("tp", "all_to_all"): 13 * size * 4,
-            ("tp", "send"): 23 * 4,
+            ("tp", "all_to_all"): (13 + 2 * 37) * size * 4,
+            ("tp", "send"): (23 + 31) * 4,
         }
         if rank == size - 1:
             expected["tp", "broadcast"] = 17 * 4
         assert counted == expected
         assert seen == {operation: n for (_, operation), n in counted.items()}
         assert calls["all_reduce"] == 5
-        assert calls["broadcast"] == calls["receive"] == calls["barrier"] == 1
+        assert calls["broadcast"] == calls["barrier"] == 1
+        assert calls["send"] == calls["receive"] == 2
 
 
 def test_an_axis_of_one_rank_does_nothing(ranks) -> None:
@@ -205,6 +227,7 @@ def one_rank() -> tuple[dict[Any, int], dict[str, int], dict[str, int]]:
             collectives.broadcast(x, axis),
             collectives.copy_to(x, axis),
             collectives.reduce_from(x, axis),
+            collectives.exchange(x, axis),
         ):
             assert same is x
         collectives.barrier(axis)
@@ -354,6 +377,14 @@ def _sums_backward_too() -> None:
     collectives._ReduceFrom.backward = staticmethod(lambda ctx, grad: (collectives._all_reduce(grad, "tp:0,1"), None))
 
 
+def _rotates_nothing() -> None:
+    collectives.dist.batch_isend_irecv = lambda operations: []
+
+
+def _keeps_the_gradient() -> None:
+    collectives._Exchange.backward = staticmethod(lambda ctx, grad: (grad, None))
+
+
 BROKEN = [
     _forgets_the_sum,
     _only_maximum,
@@ -365,12 +396,15 @@ BROKEN = [
     _swaps_the_pair,
     _forgets_backward,
     _sums_backward_too,
+    _rotates_nothing,
+    _keeps_the_gradient,
 ]
 
 
 def with_broken(break_it: Callable[[], None]) -> tuple[Any, ...]:
     break_it()
     check_values(MeshShape(tp=2), torch.float64)
+    check_gradient_of_exchange(MeshShape(tp=2))
     return a_split_layer(MeshShape(tp=2))
 
 

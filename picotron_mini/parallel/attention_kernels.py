@@ -84,7 +84,7 @@ def attend_backward(
         return _plain_backward(grad, q, k, v, out, lse, causal, mask)
     # what the forward returned and a backward without dropout does not read: random state, ragged lengths
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
-    seed = torch.zeros(2, dtype=torch.int64, device=q.device)
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)
     lengths = None, None, q.shape[2], k.shape[2], 0.0, causal
     if mask is None:
         flash = _aten._scaled_dot_product_flash_attention_backward

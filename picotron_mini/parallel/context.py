@@ -10,16 +10,8 @@ attends with its own queries to the keys that it holds at the moment, while thes
 
 A step yields an output and its log-sum-exp, from which outputs merge exactly (`attention_kernels.py`).
 
-**Balance.** Under a causal mask the query at position p sees p + 1 keys. With the sequence cut in cp runs, the last
-rank computes 2 - 1/cp times the mean, and all wait for it. So it is cut in 2 cp chunks, and rank r holds chunks r and
-2cp-1-r: one cheap, one dear, the same sum on all ranks (`work`). With cp = 4:
-
-    chunk   0 1 2 3 4 5 6 7          what rank r computes while it holds the keys of rank j (C = T / 2cp tokens):
-    rank    0 1 2 3 3 2 1 0             j = r    its own, causal                               2 C^2
-                                        j < r    all its queries, the first chunk of keys      2 C^2, no mask
-                                        j > r    its last queries, both chunks of keys         2 C^2, no mask
-
-No step computes what the mask would throw away, and all steps are equally long.
+Under a causal mask not every query sees every key. `chunks.py` deals out the tokens such that no step computes what the
+mask would throw away, and all steps are equally long.
 
 **Backward** is a second ring. Each rank's dQ stays; K and V go round again, probabilities are computed again from the
 saved log-sum-exp, and dK and dV travel one hop behind their K and V, each rank adding its part, in float32 at least:
@@ -28,9 +20,8 @@ saved log-sum-exp, and dK and dV travel one hop behind their K and V, each rank 
 
 After cp hops they are home. Nothing of size T x T exists: a block of scores is never wider than a rank's keys.
 
-**Documents.** Where tokens may see their own document only, the ids travel with the keys. A pair of chunks within one
-document needs no mask, one without a document in common is skipped, and only a pair that spans a border gets a mask
-[B, 1, C, C]. Telling them apart reads the ids, for which a GPU would have to be waited for: there all pairs are masked.
+Documents, where tokens may see their own only, travel with the keys, as ids. Which pairs of chunks need a mask is read
+from them. On a GPU that would be waited for, so there every pair is masked.
 
 Cost for each layer and micro-batch, with kv = 2 B (T/cp) Hkv Dh numbers: (cp-1) kv sent forward; (cp-1) kv and cp kv
 (in float32 at least) backward, whatever the number of query heads. Attention of C^2 hides a message of C: the longer
@@ -42,41 +33,18 @@ Legend: B batch, H query heads, Hkv key-value heads, T tokens of a sequence, t =
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from ..collectives import _operator, rotate
-from ..data.loader import Batch
 from ..mesh import Axis, axis_with_key
 from ..model.gpt import GPT, Block
 from .attention_kernels import attend_backward, attend_with_lse
-from .ulysses import ulysses_attention
-
-
-def chunks(seq_len: int, cp: int, index: int, how: str = "ring") -> list[slice]:
-    """Which positions of a sequence a rank holds, in the order in which it holds them.
-
-    Args:
-        how: "ring": chunks r and 2cp-1-r of 2 cp. "ulysses": one run, the r-th of cp.
-    """
-    parts = [index, 2 * cp - 1 - index] if how == "ring" else [index]
-    size = seq_len // (2 * cp if how == "ring" else cp)
-    return [slice(part * size, (part + 1) * size) for part in parts]
-
-
-def context_slice(batch: Batch, axis: Axis, how: str = "ring") -> Batch:
-    """This rank's part of whole sequences: tokens, targets, positions and documents, [B, T] -> [B, T/cp] each."""
-    if axis.size == 1:
-        return batch
-    where = chunks(batch.tokens.shape[1], axis.size, axis.index, how)
-    parts = (
-        torch.cat([x[:, s] for s in where], 1) for x in (batch.tokens, batch.targets, batch.positions, batch.documents)
-    )
-    return Batch(*parts)
+from .chunks import calls, masked_calls
+from .ulysses import Attend, ulysses_attention
 
 
 def context_parallel(model: GPT, axis: Axis, how: str) -> None:
@@ -85,65 +53,15 @@ def context_parallel(model: GPT, axis: Axis, how: str) -> None:
         return
     for block in model.layers.values():
         assert isinstance(block, Block)
-        whole = block.attention.attend
-        block.attention.attend = (
-            (lambda q, k, v, documents=None: ring_attention(q, k, v, axis, documents))
-            if how == "ring"
-            else (lambda q, k, v, documents=None, whole=whole: ulysses_attention(q, k, v, axis, documents, whole))
-        )
+        block.attention.attend = _ring(axis) if how == "ring" else _ulysses(axis, block.attention.attend)
 
 
-def work(seq_len: int, cp: int, zigzag: bool = True) -> list[int]:
-    """Pairs of a query and a key that each rank multiplies under a causal mask, with and without head-tail chunks."""
-    held = [chunks(seq_len, cp, rank, "ring" if zigzag else "ulysses") for rank in range(cp)]
-    return [sum(p + 1 for part in parts for p in range(part.start, part.stop)) for parts in held]
+def _ring(axis: Axis) -> Attend:
+    return lambda q, k, v, documents: ring_attention(q, k, v, axis, documents)
 
 
-class Call(NamedTuple):
-    """One call of the attention kernel: which of the rank's queries, which of the keys that it holds."""
-
-    queries: slice
-    keys: slice
-    causal: bool
-
-
-def calls(rank: int, source: int, chunk: int, causal: bool) -> list[Call]:
-    """What a rank computes while it holds the keys of rank `source`, as in the module's table. `chunk` is in tokens."""
-    early, late, both = slice(0, chunk), slice(chunk, 2 * chunk), slice(0, 2 * chunk)
-    if source == rank or not causal:
-        return [Call(both, both, causal)]
-    return [Call(both, early, False) if source < rank else Call(late, both, False)]
-
-
-def masked_calls(
-    call: Call, chunk: int, queries: Tensor | None, keys: Tensor | None
-) -> Iterator[tuple[Call, Tensor | None]]:
-    """The call with the documents' mask: chunk by chunk, without pairs that have no document in common.
-
-    Args:
-        queries, keys: documents of both, [B, 2 C] int64, or None where all may see all.
-
-    Yields:
-        A call and its mask, [B, 1, C, C] bool, or None where it needs none.
-    """
-    if queries is None or keys is None:
-        yield call, None
-        return
-    for start in range(call.queries.start, call.queries.stop, chunk):
-        for key in range(call.keys.start, call.keys.stop, chunk):
-            if call.causal and key > start:
-                continue
-            pair = Call(slice(start, start + chunk), slice(key, key + chunk), call.causal and key == start)
-            q_ids, k_ids = queries[:, pair.queries], keys[:, pair.keys]
-            if not q_ids.is_cuda:
-                (q_low, q_high), (k_low, k_high) = q_ids.aminmax(dim=1), k_ids.aminmax(dim=1)  # [B] each
-                if ((q_high < k_low) | (k_high < q_low)).all():
-                    continue
-                if ((q_low == q_high) & (k_low == k_high) & (q_low == k_low)).all():
-                    yield pair, None
-                    continue
-            mask = q_ids[:, None, :, None] == k_ids[:, None, None, :]
-            yield pair._replace(causal=False), mask.tril() if pair.causal else mask
+def _ulysses(axis: Axis, whole: Attend) -> Attend:
+    return lambda q, k, v, documents: ulysses_attention(q, k, v, axis, documents, whole)
 
 
 def ring_attention(
@@ -194,24 +112,21 @@ def _ring_forward(
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
-    kv = torch.stack([k, v])  # [2, B, Hkv, t, Dh], one message
-    ids = [] if documents is None else [documents.contiguous()]
+    held = [torch.stack([k, v])]  # [2, B, Hkv, t, Dh]: K and V as one message
+    held += [] if documents is None else [documents.contiguous()]  # [B, t]
+    seen = held[1:]
     for step in range(axis.size):
-        coming = []
-        if step + 1 < axis.size:  # away with them, while this step computes
-            coming = [rotate(x, axis) for x in (kv, *ids[-1:])]
+        coming = [rotate(x, axis) for x in held] if step + 1 < axis.size else []  # on their way while this computes
         for call in calls(axis.index, (axis.index - step) % axis.size, chunk, causal):
-            for part, mask in masked_calls(call, chunk, documents, ids[-1] if ids else None):
+            for part, mask in masked_calls(call, chunk, documents, seen[-1] if seen else None):
                 rows = (slice(None), slice(None), part.queries)
-                found = attend_with_lse(q[rows], *kv[:, :, :, part.keys], causal=part.causal, mask=mask)
+                found = attend_with_lse(q[rows], *held[0][:, :, :, part.keys], causal=part.causal, mask=mask)
                 _merge(out[rows], lse[rows], *found)
-        for buffer, work in coming:
+        for _, work in coming:
             work.wait()
-            if buffer.dtype == torch.int64:
-                ids.append(buffer)
-            else:
-                kv = buffer
-    return out.to(q.dtype), lse, torch.stack(ids) if ids else q.new_empty(0, dtype=torch.int64)
+        held = [buffer for buffer, _ in coming]
+        seen += held[1:]
+    return out.to(q.dtype), lse, torch.stack(seen) if seen else q.new_empty(0, dtype=torch.int64)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -4,9 +4,9 @@ Attention mixes tokens and never heads; all else mixes neither with the other. A
 all heads (`context.py`). One all_to_all before attention turns that into the whole sequence with a part of the heads,
 and one after it turns it back:
 
-             tokens ->                       tokens ->                          tokens ->
-    heads    [ r0 | r1 ]    all_to_all       [ r0    r0 ]      any attention    [ r0    r0 ]    all_to_all    [ r0 | r1 ]
-             [ r0 | r1 ]  -------------->    [ r1    r1 ]    -------------->    [ r1    r1 ]  ------------->  [ r0 | r1 ]
+             tokens ->                     tokens ->
+    heads    [ r0 | r1 ]   all_to_all    [ r0   r0 ]   any attention   [ r0   r0 ]   all_to_all    [ r0 | r1 ]
+             [ r0 | r1 ]  ------------>  [ r1   r1 ]  ------------->   [ r1   r1 ]  ------------>  [ r0 | r1 ]
 
 Between them is ordinary attention, whichever kernel and mask, with every query head beside its key-value head: heads
 h .. h + H/cp of the queries read heads h Hkv/H .. of the keys. So cp * tp must divide both numbers of heads, which
@@ -33,15 +33,10 @@ from torch import Tensor
 from ..collectives import all_gather, exchange
 from ..mesh import Axis
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v, documents, as `model.gpt.attend`
 
-def ulysses_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    axis: Axis,
-    documents: Tensor | None,
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-) -> Tensor:
+
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, documents: Tensor | None, attend: Attend) -> Tensor:
     """Attention over the whole sequence, of which rank r of the axis holds the r-th run of t tokens.
 
     Args:
@@ -57,9 +52,9 @@ def ulysses_attention(
     # [B, H, t, Dh] -> [B, cp, H/cp, t, Dh]: for each rank its heads of queries, keys and values, in one message
     heads = torch.cat([x.unflatten(1, (size, -1)) for x in (q, k, v)], 2).movedim(1, 0)  # [cp, B, h, t, Dh]
     whole = exchange(heads, axis).movedim(0, 2).flatten(2, 3)  # [B, h, T, Dh], h = (H + 2 Hkv) / cp
-    mine = [x.shape[1] // size for x in (q, k, v)]
+    q, k, v = whole.split([x.shape[1] // size for x in (q, k, v)], 1)
     if documents is not None:
         documents = all_gather(documents, axis, 1)  # [B, T]
-    out = attend(*whole.split(mine, 1), documents)  # [B, H/cp, T, Dh]
+    out = attend(q, k, v, documents)  # [B, H/cp, T, Dh]
     tokens = out.unflatten(2, (size, -1)).movedim(2, 0)  # [cp, B, H/cp, t, Dh]
     return exchange(tokens, axis).movedim(0, 1).flatten(1, 2)  # [B, H, t, Dh]

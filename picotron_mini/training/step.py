@@ -4,7 +4,7 @@
     -> global norm -> clip -> optimizer -> round masters into weights
 
 Gradient accumulation is the pipeline's schedule with one stage. Two small exchanges go with each step: the number of
-target tokens over dp and cp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
+targets over dp and cp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..collectives import all_reduce
 from ..data.loader import Batch
 from ..mesh import coordinates
 from ..model.gpt import IGNORE
-from ..parallel.context import context_slice
+from ..parallel.chunks import context_slice
 from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
 from ..parallel.pipeline import run_forward, run_pipeline
