@@ -148,13 +148,29 @@ def test_the_sizes_that_are_suggested_do_work() -> None:
     [
         ("cp=2", {"seq_len": 12}, None),
         ("cp=3", {"seq_len": 12}, None),
-        ("cp=4", {"seq_len": 12}, "2*cp=8 does not divide seq_len=12, and context=ring cuts equal parts; use seq_len=8"),
-        ("cp=8", {"seq_len": 12}, "2*cp=16 does not divide seq_len=12, and context=ring cuts equal parts; use seq_len=16"),
+        (
+            "cp=4",
+            {"seq_len": 12},
+            "2*cp=8 does not divide seq_len=12, and context=ring cuts equal parts; use seq_len=8",
+        ),
+        (
+            "cp=8",
+            {"seq_len": 12},
+            "2*cp=16 does not divide seq_len=12, and context=ring cuts equal parts; use seq_len=16",
+        ),
         ("dp=3", {"seq_len": 13, "context": "ulysses"}, None),  # no cp, nothing to cut
         ("cp=2", {"seq_len": 14, "context": "ulysses"}, None),
-        ("cp=2", {"seq_len": 13, "context": "ulysses"}, "cp=2 does not divide seq_len=13, and context=ulysses cuts equal"),
+        (
+            "cp=2",
+            {"seq_len": 13, "context": "ulysses"},
+            "cp=2 does not divide seq_len=13, and context=ulysses cuts equal",
+        ),
         ("cp=3", {"seq_len": 12, "context": "ulysses"}, "cp*tp=3 does not divide num_kv_heads=2, and context=ulysses"),
-        ("cp=2,tp=2", {"seq_len": 12, "context": "ulysses"}, "cp*tp=4 does not divide num_heads=6, and context=ulysses"),
+        (
+            "cp=2,tp=2",
+            {"seq_len": 12, "context": "ulysses"},
+            "cp*tp=4 does not divide num_heads=6, and context=ulysses",
+        ),
     ],
 )
 def test_sequences_and_heads_that_cp_can_share(layout: str, train: dict[str, Any], problem: str | None) -> None:

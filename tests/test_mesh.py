@@ -23,7 +23,9 @@ def test_the_picture_in_the_docstring() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_coordinates_number_the_grid_with_tp_fastest(shape: MeshShape) -> None:
-    grid = list(itertools.product(range(shape.pp), range(shape.dp), range(shape.cp), range(shape.tp)))  # the last varies fastest
+    grid = list(
+        itertools.product(range(shape.pp), range(shape.dp), range(shape.cp), range(shape.tp))
+    )  # the last varies fastest
     assert [tuple(coordinates(shape, rank).values()) for rank in range(shape.world_size)] == grid
     assert list(coordinates(shape, 0)) == list(AXES)
 

@@ -1,4 +1,4 @@
-"""The attention kernels: blocks that merge into the whole, on the CPU, by plain products, and on a GPU if there is one."""
+"""The attention kernels: blocks that merge into the whole, on the CPU, by plain products, and on a GPU if there is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setitem(
             globals(), "attend_with_lse", lambda q, k, v, causal=False, mask=None: plain(q, k, v, causal, mask)
         )
-        monkeypatch.setitem(globals(), "attend_backward", lambda *tensors, causal, mask: backward(*tensors, causal, mask))
+        monkeypatch.setitem(
+            globals(), "attend_backward", lambda *tensors, causal, mask: backward(*tensors, causal, mask)
+        )
     yield request.param
 
 

@@ -101,8 +101,8 @@ def test_head_tail_chunks_balance_the_work(cp: int) -> None:
     assert sum(zigzag) == sum(runs) == math.comb(2 * cp * chunk + 1, 2)
     # without them the last rank has nearly twice the mean: 2 - 1/cp, up to the diagonal
     assert max(runs) == runs[-1] and min(runs) == runs[0]
-    assert max(runs) / zigzag[0] == pytest.approx(2 - 1 / cp, rel=0.05)
-    assert work(2**20, cp, zigzag=False)[-1] / work(2**20, cp)[0] == pytest.approx(2 - 1 / cp, rel=1e-4) or 2**20 % cp
+    long = 2 * cp * 10_000
+    assert work(long, cp, zigzag=False)[-1] / work(long, cp)[0] == pytest.approx(2 - 1 / cp, rel=1e-4)
     # not only in sum: all ranks have the same to do in every step, so no rank waits in any
     for steps in zip(*pairs_of(cp, chunk, causal=True), strict=True):
         assert len({len(step) for step in steps}) == 1
@@ -146,9 +146,18 @@ def inputs(cp: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [*(x.to(dtype) for x in drawn), documents]
 
 
-def attend_on_rank(cp: int, how: str, masked: bool, causal: bool, dtype: torch.dtype) -> tuple[list[Tensor], dict]:
-    """In a rank: its part of the output and of the gradients of q, k, v, and what was sent."""
+Case = tuple[str, bool, bool]  # ring or ulysses, causal, documents masked
+
+
+def attend_on_rank(cp: int, cases: list[Case], dtype: torch.dtype) -> list[tuple[list[Tensor], dict[Any, int]]]:
+    """In a rank, for each case: its part of the output and of the gradients of q, k, v, and what was sent."""
     axis = Mesh.build(MeshShape(cp=cp))["cp"]
+    return [attend_once(axis, cp, *case, dtype) for case in cases]
+
+
+def attend_once(
+    axis: Axis, cp: int, how: str, causal: bool, masked: bool, dtype: torch.dtype
+) -> tuple[list[Tensor], dict[Any, int]]:
     *every, grad, documents = inputs(cp, dtype)
     held = chunks(documents.shape[1], cp, axis.index, how)
 
@@ -187,29 +196,30 @@ def put_together(parts: list[Tensor], cp: int, how: str) -> Tensor:
     return whole
 
 
-CASES = [("ring", True, True), ("ring", True, False), ("ring", False, False), ("ring", False, True)]
+CASES: list[Case] = [("ring", True, True), ("ring", True, False), ("ring", False, False), ("ring", False, True)]
 CASES += [("ulysses", True, False), ("ulysses", True, True)]
 
 
 @pytest.mark.parametrize("cp", [2, 3])
-@pytest.mark.parametrize(("how", "causal", "masked"), CASES)
-def test_attention_is_that_of_one_device(ranks: Ranks, cp: int, how: str, causal: bool, masked: bool) -> None:
-    results = ranks(attend_on_rank, cp, how, masked, causal, torch.float64, world_size=cp)
-    want = attend_on_one_device(cp, masked, causal, torch.float64)
-    for number, name in enumerate(("out", "dq", "dk", "dv")):
-        got = put_together([tensors[number] for tensors, _ in results], cp, how)
-        torch.testing.assert_close(got, want[number], rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-    kv, q, ids = 2 * 2 * 6 * 8 * 4 * 8, 2 * 12 * 8 * 4 * 8, 2 * 8 * 8 * masked  # bytes of a rank's part
-    if how == "ring":
-        expected = {("cp", "send"): (cp - 1) * (2 * kv + ids) + cp * kv}
-    else:
-        expected = {("cp", "all_to_all"): 2 * (2 * q + kv)} | ({("cp", "all_gather"): ids} if ids else {})
-    assert all(sent == expected for _, sent in results)
+def test_attention_is_that_of_one_device(ranks: Ranks, cp: int) -> None:
+    per_rank = ranks(attend_on_rank, cp, CASES, torch.float64, world_size=cp)
+    for (how, causal, masked), *results in zip(CASES, *per_rank, strict=True):
+        want = attend_on_one_device(cp, masked, causal, torch.float64)
+        for number, name in enumerate(("out", "dq", "dk", "dv")):
+            got = put_together([tensors[number] for tensors, _ in results], cp, how)
+            error = (got - want[number]).abs().max().item()
+            assert error < 1e-12, f"{how}, causal {causal}, masked {masked}: {name} is {error:.1e} off"
+        kv, q, ids = 2 * 2 * 6 * 8 * 4 * 8, 2 * 12 * 8 * 4 * 8, 2 * 8 * 8 * masked  # bytes of a rank's part
+        if how == "ring":
+            expected = {("cp", "send"): (cp - 1) * (2 * kv + ids) + cp * kv}
+        else:
+            expected = {("cp", "all_to_all"): 2 * (2 * q + kv)} | ({("cp", "all_gather"): ids} if ids else {})
+        assert all(sent == expected for _, sent in results)
 
 
 def test_in_bfloat16_the_error_is_that_of_one_device(ranks: Ranks) -> None:
     """Partial results are merged in float32: many blocks round no more than one."""
-    results = ranks(attend_on_rank, 3, "ring", False, True, torch.bfloat16, world_size=3)
+    results = [one for (one,) in ranks(attend_on_rank, 3, [("ring", True, False)], torch.bfloat16, world_size=3)]
     exact = attend_on_one_device(3, False, True, torch.float64)
     narrow = attend_on_one_device(3, False, True, torch.bfloat16)
     for number, name in enumerate(("out", "dq", "dk", "dv")):
@@ -356,12 +366,12 @@ def expect_equal(layout: str, model: dict[str, object], train: dict[str, object]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "how", "masked"),
+    [(layout, how, True) for layout in LAYOUTS for how in HOW if (layout, how) != ("cp=8", "ulysses")]
+    + [(layout, how, False) for layout in ("cp=4", "cp=2,tp=2,pp=2") for how in HOW],
+)
 def test_a_layout_equals_one_device(layout: str, how: str, masked: bool) -> None:
-    if layout == "cp=8" and masked:
-        pytest.skip("eight ranks once")
     expect_equal(layout, {}, {"context": how, "document_mask": masked})
 
 
