@@ -125,11 +125,11 @@ class TrainConfig:
 
     steps: int = 300
     seq_len: int = 256
+    context: Literal["ring", "ulysses"] = "ring"  # how cp ranks attend: keys go round, or heads are traded
     batch_size: int = 0  # sequences a step over all ranks; 0: micro_batch_size * micro_batches * dp
     micro_batch_size: int = 0  # sequences a rank works on at once; 0: from the other two
     micro_batches: int = 0  # micro-batches a step on each rank; 0: from the other two
     schedule: Literal["1f1b", "afab"] = "1f1b"  # order of the micro-batches in a pipeline
-    context: Literal["ring", "ulysses"] = "ring"  # how cp ranks attend: keys go round, or heads are traded
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 3e-3
     min_lr_ratio: float = 0.1

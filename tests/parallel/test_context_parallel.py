@@ -19,6 +19,7 @@ from picotron_mini.course.witness import Witness
 from picotron_mini.data.loader import Batch, data_rows
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.gpt import GPT, IGNORE, attend, init_weights
+from picotron_mini.parallel import context
 from picotron_mini.parallel.chunks import calls, chunks, context_slice, masked_calls, work
 from picotron_mini.parallel.context import context_parallel, ring_attention
 from picotron_mini.parallel.parallelize import parallelize
@@ -229,6 +230,53 @@ def test_in_bfloat16_the_error_is_that_of_one_device(ranks: Ranks) -> None:
         assert 0 < ours <= 2 * theirs, f"{name}: {ours} against {theirs}"
 
 
+def events(cp: int) -> list[list[str]]:
+    """In a rank: what starts, is computed and is waited for, in order, forward and backward."""
+    axis = Mesh.build(MeshShape(cp=cp))["cp"]
+    seen: list[str] = []
+    rotate, forward, backward = context.rotate, context.attend_with_lse, context.attend_backward
+
+    class Watched:
+        def __init__(self, name: str, work: Any) -> None:
+            self.name, self.work = name, work
+
+        def wait(self) -> None:
+            seen.append(f"wait {self.name}")
+            self.work.wait()
+
+    def watched(x: Tensor, over: Axis) -> tuple[Tensor, Watched]:
+        name = "dkv" if x.dtype == torch.float32 else "kv"  # of bfloat16, gradients travel wider
+        seen.append(f"send {name}")
+        buffer, work = rotate(x, over)
+        return buffer, Watched(name, work)
+
+    def computed(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            seen.append("compute")
+            return fn(*args, **options)
+
+        return call
+
+    context.rotate = watched  # type: ignore[assignment]
+    context.attend_with_lse, context.attend_backward = computed(forward), computed(backward)
+    q, k, v = (torch.randn(1, 2, 4, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out = ring_attention(q, k, v, axis)
+    there, seen = seen, []
+    out.sum().backward()
+    return [there, seen]
+
+
+def test_keys_are_on_their_way_while_attention_is_computed(ranks: Ranks) -> None:
+    for forward, backward in ranks(events, 3, world_size=3):
+        assert forward == ["send kv", "compute", "wait kv"] * 2 + ["compute"]
+        assert backward == [
+            *("send kv", "compute", "send dkv", "wait kv"),
+            *("send kv", "compute", "wait dkv", "send dkv", "wait kv"),
+            *("compute", "wait dkv", "send dkv"),
+            "wait dkv",
+        ]
+
+
 # --- memory -----------------------------------------------------------------------------------------------
 
 
@@ -277,11 +325,19 @@ def test_the_watch_over_large_tensors_sees_them(ranks: Ranks) -> None:
 # --- in the model -----------------------------------------------------------------------------------------
 
 
-def one_block(how: str, compiled: bool) -> tuple[Tensor, dict[str, Tensor], dict[Any, int]]:
+Block = tuple[Tensor, dict[str, Tensor], dict[Any, int]]  # hidden states, gradients, bytes
+
+
+def blocks() -> dict[tuple[str, bool], Block]:
+    """In a rank: one layer, by ring and by ulysses, eager and compiled."""
     import warnings
 
     warnings.simplefilter("ignore")  # the compiler makes some of its own
     axis = Mesh.build(MeshShape(cp=2))["cp"]
+    return {(how, compiled): one_block(axis, how, compiled) for how in HOW for compiled in (False, True)}
+
+
+def one_block(axis: Axis, how: str, compiled: bool) -> Block:
     model = GPT(replace(MODEL, num_layers=1)).double()
     init_weights(model, 0)
     context_parallel(model, axis, how)
@@ -298,9 +354,9 @@ def one_block(how: str, compiled: bool) -> tuple[Tensor, dict[str, Tensor], dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", HOW)
-def test_a_compiled_block_computes_and_sends_the_same(ranks: Ranks, how: str) -> None:
-    for eager, compiled in zip(*(ranks(one_block, how, c, world_size=2) for c in (False, True)), strict=True):
+def test_a_compiled_block_computes_and_sends_the_same(ranks: Ranks) -> None:
+    for found, how in itertools.product(ranks(blocks, world_size=2), HOW):
+        eager, compiled = found[how, False], found[how, True]
         torch.testing.assert_close(eager[0], compiled[0], rtol=0, atol=1e-12)
         assert eager[1].keys() == compiled[1].keys() and len(eager[1]) == 11
         for name in eager[1]:
