@@ -146,6 +146,7 @@ class TrainConfig:
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
     document_mask: bool = False  # a token attends inside its own document only
+    sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,9 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
     elif device == "cuda" and mesh.world_size > gpus:
         found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
+    if train.sequence_parallel and train.seq_len % mesh.tp:
+        fits = _nearest(train.seq_len, list(range(mesh.tp, train.seq_len + mesh.tp, mesh.tp)))
+        found.append(f"sequence_parallel: tp={mesh.tp} does not divide seq_len={train.seq_len}; it could be {fits}")
     for name, least in (("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0)):
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")

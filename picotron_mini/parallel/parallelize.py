@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MeshShape, ModelConfig, RunConfig
+from ..config import ConfigError, ModelConfig, RunConfig
 from ..layout import Layout, Placement, Shard, split
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
@@ -48,6 +48,13 @@ class Parallel:
         return DTYPES[self.run.train.dtype]
 
     @property
+    def border_shape(self) -> tuple[int, int, int]:
+        """Of the hidden states that one stage hands to the next, [B, T, D]; with sequence parallelism [B, T/tp, D]."""
+        train = self.run.train
+        tokens = train.seq_len // (self.mesh.shape.tp if train.sequence_parallel else 1)
+        return train.micro_batch_size, tokens, self.run.model.hidden_size
+
+    @property
     def trained(self) -> dict[str, Tensor]:
         """The masters of the parameters that are not frozen: what an optimizer is given."""
         return {name: master for name, master in self.masters.items() if self.parameters[name].requires_grad}
@@ -59,9 +66,14 @@ def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     return balance(costs, stages, last_extra=head_flops(model))
 
 
-def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
-    """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch."""
-    stages = stage_layers(model, mesh.pp, seq_len)
+def layout_of(run: RunConfig) -> Layout:
+    """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch.
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
+    """
+    model, mesh, train = run.model, run.mesh, run.train
+    stages = stage_layers(model, mesh.pp, train.seq_len)
     out = {}
     for name, shape in parameter_shapes(model).items():
         sum_axes: tuple[str, ...] = ("dp",)
@@ -74,7 +86,7 @@ def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
             holders = (mesh.pp - 1,)
         dim = sharded_dim(name)
         shards = (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
-        if is_partial(name):
+        if is_partial(name, train.sequence_parallel):
             sum_axes += ("tp",)
         if len(holders) > 1:
             sum_axes += ("pp",)
@@ -102,13 +114,13 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """
     config, train = run.model, run.train
     index = coordinates(mesh.shape, mesh.rank)
-    layout = layout_of(config, mesh.shape, train.seq_len)
+    layout = layout_of(run)
 
     # 1 pipeline, 2 tensor: on the meta device, where tensors have shapes and no memory
     layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
     with torch.device("meta"):
         model = GPT(config, layers=layers, embed=index["pp"] == 0, head=index["pp"] == mesh.shape.pp - 1)
-    tensor_parallel(model, mesh["tp"])
+    tensor_parallel(model, mesh["tp"], train.sequence_parallel)
 
     # 3 weights
     model.to_empty(device=device)

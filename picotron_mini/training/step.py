@@ -64,7 +64,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         forward=forward,
         axis=pp,
         gradient_axis=mesh["pp.backward"],
-        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
         before_last_backward=parallel.gradients.arm,
@@ -149,7 +149,7 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         len(batches),
         forward=forward,
         axis=mesh["pp"],
-        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
     ).double()

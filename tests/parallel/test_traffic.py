@@ -26,7 +26,7 @@ HIDDEN = 2 * 16 * 32 * 4  # hidden states of a micro-batch, in bytes
 def predicted(layout: str, model: ModelConfig = MODEL, **train: object) -> list[Counter[tuple[str, str]]]:
     """For each rank."""
     run = resolve(RunConfig(layout=layout, model=model, train=replace(TRAIN, **train)))  # type: ignore[arg-type]
-    places = layout_of(run.model, run.mesh, run.train.seq_len)
+    places = layout_of(run)
     return [predict_step(run, places, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
 
 
@@ -122,7 +122,7 @@ def test_uneven_vocabulary_and_layers() -> None:
     assert sent[:4] == sent[4:]
     assert [sent[0] - s for s in sent[:4]] == [0, 0, 0, 2 * 32 * 4]  # rows 25, 25, 25 and 23, not padded
     run = resolve(RunConfig(layout="dp=2,tp=4", model=replace(MODEL, vocab_size=98, num_kv_heads=4), train=TRAIN))
-    rows = layout_of(run.model, run.mesh, 16)["embed.weight"].shards[0].ranges
+    rows = layout_of(run)["embed.weight"].shards[0].ranges
     assert rows == ((0, 25), (25, 50), (50, 75), (75, 98))
 
 
