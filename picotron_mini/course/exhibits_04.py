@@ -38,7 +38,7 @@ def slice_zero_for_all() -> None:
 
 def head_norms_not_summed() -> None:
     """The norm on queries and keys keeps the gradient of this rank's own heads."""
-    parallelize.is_partial = lambda name: False
+    parallelize.is_partial = lambda name, sequence_parallel=False: False
 
 
 EXHIBITS = [
@@ -48,7 +48,7 @@ EXHIBITS = [
         story="A tensor-parallel layer reads one input on all ranks, and each rank's slice contributes its part to the "
         "input's gradient. The entry is the identity forward, so leaving it out changes no output. Everything "
         "below the layer then learns from one rank's part of the gradient (Megatron-LM calls this pair f and g).",
-        symptom="the first loss is right to the last digit; weights below the last layer get a part of their gradient.",
+        symptom="the first loss is right to the last digit; from the final norm down, each gradient is a part.",
         patch=copy_to_without_backward,
         killed_on=("tp=2",),
         survives_on=("dp=1", "dp=2"),
