@@ -48,6 +48,11 @@ class Parallel:
         return DTYPES[self.run.train.dtype]
 
     @property
+    def index(self) -> dict[str, int]:
+        """The coordinates of this rank."""
+        return coordinates(self.mesh.shape, self.mesh.rank)
+
+    @property
     def border_shape(self) -> tuple[int, int, int]:
         """Of the hidden states that one stage hands to the next, [B, T, D]; with sequence parallelism [B, T/tp, D]."""
         train = self.run.train

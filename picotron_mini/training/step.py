@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..collectives import all_reduce
 from ..data.loader import Batch
-from ..mesh import coordinates
 from ..model.gpt import IGNORE
 from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
@@ -82,8 +81,7 @@ def gradients_of(parallel: Parallel) -> dict[str, Tensor]:
 
 def squared_norm(parallel: Parallel, gradients: dict[str, Tensor]) -> Tensor:
     """This rank's share of the squared global norm, float64: each element counts on one rank only."""
-    index = coordinates(parallel.mesh.shape, parallel.mesh.rank)
-    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(index)]
+    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(parallel.index)]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=parallel.device)
     return torch.nn.utils.get_total_norm(counted).double() ** 2
