@@ -146,6 +146,8 @@ class TrainConfig:
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
     document_mask: bool = False  # a token attends inside its own document only
+    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
+    loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
 
 
@@ -273,9 +275,16 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     if train.sequence_parallel and train.seq_len % mesh.tp:
         fits = _nearest(train.seq_len, list(range(mesh.tp, train.seq_len + mesh.tp, mesh.tp)))
         found.append(f"sequence_parallel: tp={mesh.tp} does not divide seq_len={train.seq_len}; it could be {fits}")
-    for name, least in (("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0)):
+    for name, least in (
+        ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
+    ):  # fmt: skip
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")
+    if train.recompute == "selective" and train.compile:
+        found.append(
+            "recompute=selective does not go with compile: a compiled layer already computes its elementwise steps "
+            "again; use recompute=full or recompute=none"
+        )
     for name in ("lr", "bucket_mb"):
         if not 0 < getattr(train, name) < float("inf"):
             found.append(f"{name}={getattr(train, name)} must be a number above 0")
