@@ -149,7 +149,9 @@ def _run_split_loss(answer: Answer) -> str | None:
     problems = [_judge(rank, results) for rank, results in enumerate(got)]
     if not any(problems):
         return None
-    wrong = list(_LOSSES.values())[1:]
+    if _GATHERS in problems:
+        return _GATHERS
+    wrong = list(_LOSSES.values())[1:]  # without the one that gathers
     known = on_ranks(_loss_values, [mistake for mistake, _ in wrong], ranks=RANKS)
     for number, (_, hint) in enumerate(wrong):
         if all(_alike(mine, rank[number]) for mine, rank in zip(got, known, strict=True)):
