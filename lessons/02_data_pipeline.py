@@ -613,14 +613,14 @@ with drawing():
     ax.set_xlabel("tokens a second")
 picture(
     fig,
-    "Tokens a second on a logarithmic axis: reading batches from the memory map is more than ten times faster than "
-    "tokenising text, and both are compared with the line of what eight GPUs eat.",
+    "Tokens a second on a logarithmic axis: reading batches from the memory map is far above the line of what "
+    "eight GPUs eat, tokenising text on the fly is near that line.",
 )
 
 # %% [markdown]
-# Reading is faster than any model eats, on one core, without workers, without prefetching. So the library has neither.
-# Tokenising on the fly comes near the line, and there it takes the cores that the GPUs' host needs. Done once and kept,
-# it costs nothing. [The write-up](../summary/02_data_pipeline.md) has the numbers.
+# Reading is far above the line, on one core, without workers and without prefetching. So the library has neither.
+# Tokenising on the fly is near the line, and below it when the cores have other work, as the host of eight GPUs has.
+# Done once and kept, it costs nothing. [The write-up](../summary/02_data_pipeline.md) has the numbers.
 #
 # What would change the answer? Decoding images, or reading rows at random from storage across a network, where each
 # fetch has a latency: then workers that read ahead are worth their trouble.
