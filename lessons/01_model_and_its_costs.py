@@ -516,7 +516,8 @@ draw_memory(
 # The base is there all the time. It grows with the parameters: 2 bytes for the weight, 4 for its master, 4 for the
 # gradient, 8 for two moments. The hill grows with the tokens. On its top stands a needle: the loss has kept the
 # log-probabilities, in float32, and the first two things that backward makes are as large, their gradient and the
-# logits'. All of it is predicted:
+# logits'. The spike at the end is AdamW, which computes the denominators of all matrices before it divides by any: 4
+# bytes a weight. With few tokens that is the highest point. All of it is predicted:
 
 # %%
 tokens_a_step = TRAIN.micro_batch_size * TRAIN.seq_len
@@ -530,10 +531,14 @@ peak = max(history, key=lambda moment: moment.total)
 print(f"base   formula {sum(state.values()):>9,}   watched {base:>9,}")
 print(f"hill   formula {hill:>9,}   watched {end_of_forward - base:>9,}")
 print(f"peak   formula {sum(state.values()) + hill + needle:>9,}   watched {peak.total:>9,}   in the {peak.phase}")
+spike = max(moment.total for moment in history if moment.phase == "optimizer") - base
+matrices = costs.parameters(SMALL) - pieces(SMALL)["norms"]
+print(f"spike  formula {4 * matrices:>9,}   watched {spike:>9,}")
 tensors = len(gpt.parameter_shapes(SMALL))
 batch = 4 * 8 * tokens_a_step  # tokens, targets, positions, documents, int64
 assert base == sum(state.values()) + batch + 2 * 4 * tensors  # a flag and a step counter for each tensor
 assert 0 <= end_of_forward - base - hill < 64 and 0 <= peak.total - base - hill - needle < 64  # scalars
+assert 0 <= spike - 4 * matrices < 64
 
 # %% [markdown]
 # What the base lacks is the batch, and 8 bytes for each tensor of the model. What the hill lacks are scalars.
