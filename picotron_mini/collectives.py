@@ -6,9 +6,11 @@ each is a function whose gradient is another collective.
     forward                                   backward
     copy_to      x on every rank              all_reduce the gradients (each rank used its own copy of x)
     reduce_from  all_reduce the partial sums  copy: the derivative of a sum hands each term the gradient
+    gather_from  all_gather the shards        reduce_scatter the gradients: each rank used all of x
+    scatter_to   reduce_scatter partial sums  all_gather the gradients
     exchange     all_to_all                   all_to_all: each part's gradient goes back where the part came from
 
-Swap the two and the model still runs, still learns a little, and is wrong (Megatron-LM, arXiv 1909.08053).
+Swap two and the model still runs, still learns a little, and is wrong (Megatron-LM, arXiv 1909.08053).
 
 The ledger's unit is the *payload a rank hands to torch.distributed*, padding included: N for an all_reduce of
 N bytes, the own shard for an all_gather, the whole input for a reduce_scatter, nothing for a receive. A ring
@@ -335,3 +337,38 @@ def copy_to(x: Tensor, axis: Axis) -> Tensor:
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """Add up the ranks' partial results: all_reduce forward, identity backward."""
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis.key)
+
+
+class _GatherFrom(Function):
+    @staticmethod
+    def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
+        ctx.key, ctx.size, ctx.dim = key, size, dim
+        return _all_gather(x.movedim(dim, 0), key, size).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _reduce_scatter(grad.movedim(ctx.dim, 0), ctx.key, ctx.size).movedim(0, ctx.dim), None, None, None
+
+
+class _ScatterTo(Function):
+    @staticmethod
+    def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
+        ctx.key, ctx.size, ctx.dim = key, size, dim
+        return _reduce_scatter(x.movedim(dim, 0), key, size).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _all_gather(grad.movedim(ctx.dim, 0), ctx.key, ctx.size).movedim(0, ctx.dim), None, None, None
+
+
+def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Use the whole of what is cut along `dim`: all_gather forward, reduce_scatter of the gradient backward."""
+    return x if axis.size == 1 else _GatherFrom.apply(x, axis.key, axis.size, dim)
+
+
+def scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Add up partial results and keep this rank's part of `dim`: reduce_scatter forward, all_gather backward.
+
+    The axis' size must divide `dim`.
+    """
+    return x if axis.size == 1 else _ScatterTo.apply(x, axis.key, axis.size, dim)

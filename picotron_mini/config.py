@@ -148,6 +148,9 @@ class TrainConfig:
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
     document_mask: bool = False  # a token attends inside its own document only
+    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
+    loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
+    sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
 
 
 @dataclass(frozen=True)
@@ -300,9 +303,21 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
     elif device == "cuda" and mesh.world_size > gpus:
         found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
-    for name, least in (("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0)):
+    parts, why = mesh.cp * mesh.tp, f"tp={mesh.tp}" if mesh.cp == 1 else f"cp*tp={mesh.cp * mesh.tp}"
+    if train.sequence_parallel and train.seq_len % parts:
+        step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
+        fits = _nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
+        found.append(f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; it could be {fits}")
+    for name, least in (
+        ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
+    ):  # fmt: skip
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")
+    if train.recompute == "selective" and train.compile:
+        found.append(
+            "recompute=selective does not go with compile: a compiled layer already computes its elementwise steps "
+            "again; use recompute=full or recompute=none"
+        )
     for name in ("lr", "bucket_mb"):
         if not 0 < getattr(train, name) < float("inf"):
             found.append(f"{name}={getattr(train, name)} must be a number above 0")

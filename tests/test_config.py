@@ -363,3 +363,14 @@ def test_numbers_that_would_turn_training_upside_down_are_refused(setting: dict[
     run = RunConfig(layout="dp=1", train=TrainConfig(batch_size=2, **setting))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=said):
         resolve(run)
+
+
+def test_sequence_parallel_needs_equal_parts_of_the_sequence() -> None:
+    train = TrainConfig(seq_len=9, sequence_parallel=True)
+    assert resolve(
+        RunConfig(
+            layout="tp=3", model=ModelConfig(intermediate_size=96, num_heads=6, num_kv_heads=3, head_dim=8), train=train
+        )
+    )
+    with pytest.raises(ConfigError, match="sequence_parallel: tp=2 does not divide seq_len=9; it could be 8 or 10"):
+        resolve(RunConfig(layout="tp=2", train=train))

@@ -117,7 +117,7 @@ def test_the_settings_are_recorded_and_resolved(trained: tuple[Path, str], text:
     assert run.model.vocab_size == 280 and run.model.head_dim == 8
     assert (run.train.batch_size, run.train.micro_batch_size, run.train.micro_batches) == (8, 4, 1)
     assert run.train.device == "cpu"
-    layout = layout_of(run.model, run.mesh, run.train.seq_len)
+    layout = layout_of(run)
     assert read(trained[0] / "layout.json") == json.loads(json.dumps(to_json(layout, run.mesh)))
     assert read(trained[0] / "environment.json")["torch"] == torch.__version__
 

@@ -64,6 +64,36 @@ VARIANTS: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "five micro-batches of one sequence": ("tp=2,pp=2", {}, {"micro_batch_size": 1, "micro_batches": 5}),
     "one bucket": ("dp=2,tp=2", {}, {"bucket_mb": 100.0}),
     "no clipping": ("dp=2,tp=2,pp=2", {}, {"clip_norm": 0.0}),
+    "sequence parallel": ("dp=2,tp=2", {}, {"sequence_parallel": True}),
+    "sequence parallel, in stages": ("tp=2,pp=4", {}, {"sequence_parallel": True}),
+    "sequence parallel, untied, norm on heads": (
+        "tp=4",
+        {"tie_embeddings": False, "qk_norm": True},
+        {"sequence_parallel": True, "document_mask": True},
+    ),
+    "sequence parallel, frozen below": (
+        "tp=2,pp=2",
+        {"tie_embeddings": False, "qk_norm": True},
+        {"sequence_parallel": True, "freeze": ("embed", "layers.0.attention.q.", "layers.0.attention_norm")},
+    ),
+    "sequence parallel, only the norm on heads trained": (
+        "dp=2,tp=2",
+        {"tie_embeddings": False, "qk_norm": True},
+        {
+            "sequence_parallel": True,
+            "freeze": (
+                *("embed", "head", "norm", "layers.0.mlp", "layers.1.mlp"),
+                *(f"layers.{i}.attention{n}" for i in range(2) for n in ("_norm", ".q.", ".k.", ".v.", ".o.")),
+            ),
+        },
+    ),
+    "layers recomputed": ("dp=2,tp=2", {}, {"recompute": "full", "freeze": ("embed", "layers.0")}),
+    "layers recomputed, sequence parallel, loss in parts": (
+        "tp=2,pp=2",
+        {"tie_embeddings": False},
+        {"recompute": "full", "sequence_parallel": True, "loss_chunks": 5, "document_mask": True},
+    ),
+    "MLPs recomputed, tied head, loss in parts": ("tp=2,pp=2", {}, {"recompute": "selective", "loss_chunks": 3}),
     "vocabulary that leaves a short last slice": ("tp=4,pp=2", {"vocab_size": 59}, {}),
 }
 

@@ -19,6 +19,8 @@ from .traffic import predict_step
 WHEN = {
     ("dp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
     ("tp", "all_reduce"): "exits of attention and MLP, their entries backward, the loss over the split vocabulary",
+    ("tp", "all_gather"): "entries of attention, MLP and head; their exits backward: all tokens, from each rank's part",
+    ("tp", "reduce_scatter"): "exits of attention, MLP and embedding; their entries backward: sums, cut by tokens",
     ("dp_cp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
     ("cp", "send"): "keys and values round the ring, beside each layer's attention; backward again, with gradients",
     ("cp", "all_to_all"): "tokens against heads, before and after each layer's attention, forward and backward",
@@ -34,7 +36,7 @@ def describe(run: RunConfig) -> RenderableType:
     Args:
         run: resolved, with the vocabulary's size filled.
     """
-    layout = layout_of(run.model, run.mesh, run.train.seq_len)
+    layout = layout_of(run)
     places = Table(title=f"where the parameters live: {run.layout}", title_justify="left")
     for column in ("parameter", "shape", "stages", "split", "gradient summed over"):
         places.add_column(column)

@@ -6,7 +6,8 @@
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
     5 compile    the blocks, with the exchanges of 2 inside them
-    6 data       last, because it takes the parameters as they are now
+    6 recompute  around what is compiled; and the loss in chunks
+    7 data       last, because it takes the parameters as they are now
 
 Also here: `layout_of`, which says before any process exists where everything will be, and `describe`, which prints it.
 """
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MeshShape, ModelConfig, RunConfig
+from ..config import ConfigError, ModelConfig, RunConfig
 from ..layout import Layout, Placement, Shard, split
+from ..memory.chunked_loss import chunked_loss
+from ..memory.recompute import recompute
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
@@ -50,6 +53,19 @@ class Parallel:
         return DTYPES[self.run.train.dtype]
 
     @property
+    def index(self) -> dict[str, int]:
+        """The coordinates of this rank."""
+        return coordinates(self.mesh.shape, self.mesh.rank)
+
+    @property
+    def border_shape(self) -> tuple[int, int, int]:
+        """Of hidden states between two stages, [B, T/cp, D]; with sequence parallelism [B, T/cp/tp, D]."""
+        train = self.run.train
+        shape = self.mesh.shape
+        tokens = train.seq_len // shape.cp // (shape.tp if train.sequence_parallel else 1)
+        return train.micro_batch_size, tokens, self.run.model.hidden_size
+
+    @property
     def trained(self) -> dict[str, Tensor]:
         """The masters of the parameters that are not frozen: what an optimizer is given."""
         return {name: master for name, master in self.masters.items() if self.parameters[name].requires_grad}
@@ -61,9 +77,14 @@ def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     return balance(costs, stages, last_extra=head_flops(model))
 
 
-def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
-    """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch."""
-    stages = stage_layers(model, mesh.pp, seq_len)
+def layout_of(run: RunConfig) -> Layout:
+    """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch.
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
+    """
+    model, mesh, train = run.model, run.mesh, run.train
+    stages = stage_layers(model, mesh.pp, train.seq_len)
     out = {}
     for name, shape in parameter_shapes(model).items():
         sum_axes: tuple[str, ...] = ("dp", "cp") if mesh.cp > 1 else ("dp",)
@@ -76,7 +97,7 @@ def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int) -> Layout:
             holders = (mesh.pp - 1,)
         dim = sharded_dim(name)
         shards = (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
-        if is_partial(name):
+        if is_partial(name, train.sequence_parallel):
             sum_axes += ("tp",)
         if len(holders) > 1:
             sum_axes += ("pp",)
@@ -104,13 +125,13 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """
     config, train = run.model, run.train
     index = coordinates(mesh.shape, mesh.rank)
-    layout = layout_of(config, mesh.shape, train.seq_len)
+    layout = layout_of(run)
 
     # 1 pipeline, 2 tensor, context: on the meta device, where tensors have shapes and no memory
     layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
     with torch.device("meta"):
         model = GPT(config, layers=layers, embed=index["pp"] == 0, head=index["pp"] == mesh.shape.pp - 1)
-    tensor_parallel(model, mesh["tp"])
+    tensor_parallel(model, mesh["tp"], train.sequence_parallel)
     context_parallel(model, mesh["cp"], train.context)
 
     # 3 weights
@@ -132,10 +153,14 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     # 5 compile
     if train.compile:
         for block in model.layers.values():
-            block.compile(fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True)
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             model.cross_entropy = torch.compile(model.cross_entropy)
 
-    # 6 data
+    # 6 recompute
+    recompute(model, train.recompute)
+    chunked_loss(model, train.loss_chunks)
+
+    # 7 data
     buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
     return Parallel(run, mesh, layout, model, parameters, masters, buckets, device)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..collectives import all_reduce
 from ..data.loader import Batch
-from ..mesh import coordinates
 from ..model.gpt import IGNORE
 from ..parallel.chunks import context_slice
 from ..parallel.parallelize import Parallel
@@ -66,7 +65,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         forward=forward,
         axis=pp,
         gradient_axis=mesh["pp.backward"],
-        shape=(train.micro_batch_size, train.seq_len // mesh.shape.cp, parallel.run.model.hidden_size),
+        shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
         before_last_backward=parallel.gradients.arm,
@@ -84,8 +83,7 @@ def gradients_of(parallel: Parallel) -> dict[str, Tensor]:
 
 def squared_norm(parallel: Parallel, gradients: dict[str, Tensor]) -> Tensor:
     """This rank's share of the squared global norm, float64: each element counts on one rank only."""
-    index = coordinates(parallel.mesh.shape, parallel.mesh.rank)
-    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(index)]
+    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(parallel.index)]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=parallel.device)
     return torch.nn.utils.get_total_norm(counted).double() ** 2
@@ -152,7 +150,7 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         len(batches),
         forward=forward,
         axis=mesh["pp"],
-        shape=(train.micro_batch_size, train.seq_len // mesh.shape.cp, parallel.run.model.hidden_size),
+        shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
     ).double()

@@ -408,6 +408,17 @@ VARIANTS: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     ),
     "a key-value head for each query head": ("cp=2", {"num_kv_heads": 16}, {}),
     "one key-value head": ("cp=4", {"num_kv_heads": 1}, {"context": "ring"}),
+    "layers recomputed, by a ring": ("cp=2,tp=2", {}, {"recompute": "full", "loss_chunks": 3}),
+    "layers recomputed, by ulysses": (
+        "cp=2",
+        {"tie_embeddings": False},
+        {
+            "recompute": "full",
+            "context": "ulysses",
+            "freeze": ("embed", "layers.0.attention.", "layers.0.attention_norm"),
+        },
+    ),
+    "tokens cut over tp as well": ("cp=2,tp=2,pp=2", {}, {"sequence_parallel": True}),
     "micro-batches of one sequence": ("dp=2,cp=2", {}, {"micro_batch_size": 1, "micro_batches": 4}),
 }
 

@@ -69,7 +69,7 @@ def test_norms_on_heads_are_summed_over_their_ranks() -> None:
 def test_every_byte_is_shown(layout: str) -> None:
     run = resolved(layout)
     text = shown(run)
-    places = layout_of(run.model, run.mesh, run.train.seq_len)
+    places = layout_of(run)
     firsts = [
         rank for rank in range(run.mesh.world_size) if rank % (run.mesh.dp * run.mesh.cp * run.mesh.tp) == 0
     ]  # of the stages

@@ -26,7 +26,7 @@ HIDDEN = 2 * 16 * 32 * 4  # hidden states of a micro-batch, in bytes
 def predicted(layout: str, model: ModelConfig = MODEL, **train: object) -> list[Counter[tuple[str, str]]]:
     """For each rank."""
     run = resolve(RunConfig(layout=layout, model=model, train=replace(TRAIN, **train)))  # type: ignore[arg-type]
-    places = layout_of(run.model, run.mesh, run.train.seq_len)
+    places = layout_of(run)
     return [predict_step(run, places, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
 
 
@@ -146,6 +146,14 @@ def test_no_gradient_goes_round_below_the_first_trained_parameter(freeze: tuple[
     assert trade == 3 * (2 * QUERIES + KV) * (4 + layers)
 
 
+def test_recomputed_layers_ask_for_the_keys_again() -> None:
+    usual, again = (predicted("cp=2", recompute=r, document_mask=True)[0]["cp", "send"] for r in ("none", "full"))
+    assert again - usual == 3 * 4 * (KV + 2 * 8 * 8)
+    usual, again = (predicted("cp=2", recompute=r, context="ulysses")[0]["cp", "all_to_all"] for r in ("none", "full"))
+    assert again * 2 == usual * 3
+    assert predicted("cp=2", recompute="selective") == predicted("cp=2")
+
+
 def test_gradients_of_keys_travel_in_float32_at_least() -> None:
     assert predicted("cp=2", dtype="bfloat16")[0]["cp", "send"] == 3 * 4 * (KV // 2 + KV // 2 + 2 * KV)
 
@@ -186,7 +194,7 @@ def test_uneven_vocabulary_and_layers() -> None:
     assert sent[:4] == sent[4:]
     assert [sent[0] - s for s in sent[:4]] == [0, 0, 0, 2 * 32 * 4]  # rows 25, 25, 25 and 23, not padded
     run = resolve(RunConfig(layout="dp=2,tp=4", model=replace(MODEL, vocab_size=98, num_kv_heads=4), train=TRAIN))
-    rows = layout_of(run.model, run.mesh, 16)["embed.weight"].shards[0].ranges
+    rows = layout_of(run)["embed.weight"].shards[0].ranges
     assert rows == ((0, 25), (25, 50), (50, 75), (75, 98))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from picotron_mini.course.site.chapters import PLAN, Chapter
 
 PLACE = "<!-- reading order -->"
-WIDTH, BOX_W, BOX_H, ROW = 360, 82, 58, 104  # in units of which a phone shows about one a pixel
+WIDTH, BOX_W, BOX_H, ROW = 360, 82, 66, 112  # in units of which a phone shows about one a pixel
 
 
 def reading_order(root: Path, plan: Sequence[Chapter] = PLAN) -> str:
