@@ -166,6 +166,12 @@ def test_the_sizes_that_are_suggested_do_work() -> None:
             "cp=2 does not divide seq_len=13, and context=ulysses cuts equal",
         ),
         ("cp=3", {"seq_len": 12, "context": "ulysses"}, "cp*tp=3 does not divide num_kv_heads=2, and context=ulysses"),
+        ("cp=3,tp=2", {"seq_len": 12, "sequence_parallel": True}, None),
+        (
+            "cp=3,tp=2",
+            {"seq_len": 21, "context": "ulysses", "sequence_parallel": True},
+            "sequence_parallel: cp*tp=6 does not divide seq_len=21; it could be 12 or 24",
+        ),
         (
             "cp=2,tp=2",
             {"seq_len": 12, "context": "ulysses"},

@@ -136,6 +136,7 @@ def test_heads_and_tokens_are_shared_at_once() -> None:
             ),
             3,
         ),
+        (("embed", "layers.0.attention", "layers.1."), 3),  # an MLP trained below makes a frozen layer pass gradients
         (("embed", "layers", "norm"), 0),
     ],
 )
