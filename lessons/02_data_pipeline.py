@@ -182,8 +182,8 @@ assert unigram(by_byte)[0] < unigram(by_piece)[0] and unigram(by_byte)[1] > unig
 #
 # Is that so on real text that was held out? `prepare` reads, splits, tokenises and stores; then a bigram model, which
 # knows the token before, is counted on the training part and asked about the other. (It is also the mark that every
-# run of this library is compared with. A network that does not beat a table of pairs has not learned to read.) This
-# cell works for some seconds.
+# run of this library is compared with: a network that does not beat a table of pairs has learned little.) This cell
+# works for some seconds.
 
 # %%
 big = {}
@@ -330,9 +330,10 @@ assert len(inside) > len(held) / 2
 
 # %% [markdown]
 # The model is trained on what stands before and on what stands after, mostly of the same document, and is asked about
-# the gap. So the split is made before anything is cut, by document, and copies of a document are dropped first.
-# Documents are held out in the order of a digest of each text, until there are enough: add a file tomorrow, and none of
-# the others overtakes another.
+# the gap. On the standard library a bigram model looks 0.06 bits a byte better this way than it is
+# ([measured](../summary/02_data_pipeline.md) over five seeds). So the split is made before anything is cut, by
+# document, and copies of a document are dropped first. Documents are held out in the order of a digest of each text,
+# until there are enough: add a file tomorrow, and none of the others overtakes another.
 
 # %%
 small = Corpus(tuple(f"note {n}" for n in range(len(NOTES))), tuple(NOTES), "twelve notes")
@@ -358,8 +359,8 @@ assert abs(missed - 1 / math.e) < 0.01
 # %% [markdown]
 # More than a third of the text was paid for and not read. A *permutation* reads each row once, then the next epoch has
 # another permutation. The library makes it by sorting the rows by a scrambled copy of their index. The scrambling is
-# integer arithmetic that fits in one line, for a reason: a run may be resumed years later under another release of
-# numpy, and must find the same order.
+# plain integer arithmetic, for a reason: a run may be resumed years later under another release of numpy, and must find
+# the same order.
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(row_order))
@@ -371,9 +372,8 @@ assert sorted(row_order(0, 0, N)) == list(range(N))
 # %% [markdown]
 # ## Batch n is a function
 #
-# Now the heart of the lesson. The natural way to write a loader is an iterator: it has a position, and each `next`
-# moves it. Here is one, over 64 rows in batches of 4. We stop the run after 5 of 12 batches, as a crash does, and
-# start it again.
+# The natural way to write a loader is an iterator: it has a position, and each `next` moves it. Here is one, over 64
+# rows in batches of 4. We stop the run after 5 of 12 batches, as a crash does, and start it again.
 
 # %%
 ROWS, G = 64, 4
@@ -402,8 +402,7 @@ assert twice == never == 5 * G
 
 # %% [markdown]
 # The position was in the process, and the process is gone. So people save it: the loader counts the batches that it
-# yields, a checkpoint keeps the count, and a new loader skips as many. Read this one before you run the next cell.
-# Would you approve it?
+# yields, a checkpoint keeps the count, and a new loader skips as many. Here is one. Would you approve it?
 
 
 # %%
