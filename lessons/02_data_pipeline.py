@@ -288,8 +288,7 @@ assert moved(row.documents) == "x" * 21 + "." * (T - 21)
 # (The bar stands for the end token.) The mask cuts exactly behind it: the end token belongs to the document that it
 # closes.
 #
-# One question is left, and it is asked in interviews. At the end token, what is the target? The next token of the
-# stream, which is the *first of the next document*. There the model must say how a text begins, having read
+# One question is left. At the end token, what is the target? The next token of the stream, which is the *first of the next document*. There the model must say how a text begins, having read
 # another one, mask or no mask. One target of each document crosses its border in this way:
 
 # %%
@@ -608,7 +607,7 @@ with drawing():
     ax.text(8.6 * EATEN, 1.75, "what 8 GPUs eat", va="top")
     ax.set_ylim(-0.5, 1.8)
     ax.set_xscale("log")
-    ax.set_xlim(1e5, 2e8)
+    ax.set_xlim(1e4, 2e8)
     ax.set_xlabel("tokens a second")
 picture(
     fig,
