@@ -288,8 +288,9 @@ assert moved(row.documents) == "x" * 21 + "." * (T - 21)
 # (The bar stands for the end token.) The mask cuts exactly behind it: the end token belongs to the document that it
 # closes.
 #
-# One question is left. At the end token, what is the target? The next token of the stream, which is the *first of the next document*. There the model must say how a text begins, having read
-# another one, mask or no mask. One target of each document crosses its border in this way:
+# One question is left. At the end token, what is the target? The next token of the stream, which is the *first of the
+# next document*. There the model must say how a text begins, having read another one, mask or no mask. One target of
+# each document crosses its border in this way:
 
 # %%
 crossing = (batch.tokens == by_byte.end) & (batch.targets != by_byte.end)
