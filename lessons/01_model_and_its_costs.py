@@ -167,7 +167,8 @@ print(inspect.getsource(GPT.loss))
 # ## Is it right?
 #
 # A model that is subtly wrong trains too. So here is another implementation, the Llama of `transformers`, with our
-# weights in it: the conversion renames, and permutes nothing. Logits and all gradients must agree.
+# weights in it: the conversion renames, and permutes nothing. Logits and all gradients must agree. The weights are
+# disturbed first. Fresh ones would hide mistakes: with norms of ones, nobody misses the weight of a norm.
 
 # %%
 import os
@@ -186,8 +187,14 @@ def largest_error(got: Tensor, want: Tensor) -> float:
 
 
 ours = make_model()
+generator = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    for weight in ours.parameters():
+        weight.add_(0.2 * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
 theirs = LlamaForCausalLM(LlamaConfig(**config_to_hf(CONFIG))).double()
-theirs.load_state_dict({hf_name(name): weight for name, weight in ours.named_parameters()}, strict=False)
+renamed = {hf_name(name): weight for name, weight in ours.named_parameters()}
+missing, unexpected = theirs.load_state_dict(renamed, strict=False)
+assert missing == ["lm_head.weight"] and not unexpected  # the head is tied
 
 tokens = torch.randint(CONFIG.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
 tokens, targets = tokens[:, :-1], tokens[:, 1:]
@@ -288,10 +295,12 @@ def pieces(config: ModelConfig) -> dict[str, int]:
     """Parameters by piece, counted on the model itself."""
     out = dict.fromkeys(("embedding and head", "attention", "MLP", "norms"), 0)
     for name, shape in gpt.parameter_shapes(config).items():
-        kind = next(
-            (kind for key, kind in (("norm", "norms"), ("attention", "attention"), ("mlp", "MLP")) if key in name),
-            "embedding and head",
-        )
+        if "norm" in name:
+            kind = "norms"
+        elif "attention" in name or "mlp" in name:
+            kind = "attention" if "attention" in name else "MLP"
+        else:
+            kind = "embedding and head"
         out[kind] += torch.Size(shape).numel()
     return out
 
@@ -377,13 +386,14 @@ print(f"pairs that a causal mask leaves: {(length + 1) / (2 * length):.3f} of al
 assert backward == 2.5 * forward and forward == 4 * length * length * CONFIG.num_heads * CONFIG.head_dim
 
 # %% [markdown]
-# Whether attention matters depends on the length. It costs as much as all matrices at $T = N / (2 L H D_h)$:
+# Whether these pairs of tokens matter depends on the length. They cost as much as all matrices at
+# $T = N / (2 L H D_h)$:
 
 # %%
 for name, config in models.items():
     equal = costs.parameters(config) / (2 * config.num_layers * config.num_heads * config.head_dim)
     at = {T: 1 - 6 * costs.parameters(config) / costs.flops_per_token(config, T) for T in (2048, 8192, 131_072)}
-    print(f"{name:15} equal at T = {equal:>7,.0f}   share of attention: ", end="")
+    print(f"{name:15} equal at T = {equal:>7,.0f}   share of the pairs: ", end="")
     print("  ".join(f"{100 * share:.0f} % at {T:,}" for T, share in at.items()))
 
 # %% tags=["nbval-ignore-output"]
@@ -629,10 +639,10 @@ assert round(dressed["ours: 6 N + 12 L H Dh T"], 1) == 41.0
 # chip where you can, since no convention enters there, and read no MFU without its formula and its peak. Recompute
 # belongs into the HFU, which says how busy the chip was, and may go *up* when training gets slower.
 #
-# The same arithmetic gives a budget. With $C = 6 N D$ flops and the rule of thumb of 20 tokens a parameter
-# (Chinchilla, arXiv 2203.15556), $C = 120 N^2$: one H100 for 30 days at 41 % does $1.05 \cdot 10^{21}$ flops, which the
-# rule spends on 3.0 billion parameters and 59 billion tokens. It minimises the loss for a training budget, and knows
-# nothing of what it costs to *use* the model.
+# The same arithmetic gives a budget. Training takes about $6 N$ flops a token; with the rule of thumb of 20 tokens a
+# parameter (Chinchilla, arXiv 2203.15556) that is $C = 120 N^2$ in all. One H100 for 30 days at 41 % does
+# $1.05 \cdot 10^{21}$ flops, which the rule spends on 3.0 billion parameters and 59 billion tokens. It minimises the
+# loss for a training budget, and knows nothing of what it costs to *use* the model.
 
 # %%
 C = 0.41 * dense * 30 * 86_400
@@ -727,7 +737,7 @@ assert sum(p.numel() for p in moved.parameters()) == 2 * sum(p.numel() for p in 
 # %% [markdown]
 # `.double()` replaces the numbers inside a parameter. Leaving the meta device needs a new parameter, each module makes
 # its own, and nothing is said. This library's model ties again in `_apply`, through which all conversions go. The
-# exhibit takes that out:
+# exhibit takes that out. (`dp=1` is one rank; `pp=2` a pipeline of two, chapter 05.)
 
 # %% tags=["nbval-ignore-output"]
 show("01.tie_lost")
@@ -764,9 +774,9 @@ kill("01.tie_lost", my_test)
 #
 # or `torchrun --nproc-per-node 1 --no-python picotron-mini train --preset h100`, which joins the rank that `torchrun`
 # made. `bench` prints the MFU with the formula beside it, and the speed of one large matrix product on the same card,
-# which tells more than a data sheet. What differs from the CPU: other fused attention kernels, which save the
-# same; and an allocator that keeps what it was given back, so that `nvidia-smi` shows its reserve, and
-# `torch.cuda.max_memory_allocated` the peak of this chapter's picture.
+# which tells more than a data sheet. What differs from the CPU: the fused attention kernels are others, AdamW is fused
+# too, and the allocator keeps what it was given back. So `nvidia-smi` shows its reserve, and
+# `torch.cuda.max_memory_allocated` is the number to hold against this chapter's peak.
 #
 # ## What to read next
 #

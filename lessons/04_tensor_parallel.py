@@ -613,9 +613,9 @@ print(
 #
 # $$c = \frac{8\, D\, g\, R}{3\, \phi\, \beta}$$
 #
-# The batch has cancelled: more tokens do not help, as they did in data parallelism. Since $\phi \approx 24 D^2 + 4DT$
-# for a layer of this kind, $c$ falls as $1/D$: **wide models can be cut, narrow ones cannot.** And the speed-up of $n$
-# ranks, if nothing overlaps, is
+# The batch has cancelled: more tokens do not help here, and in data parallelism they did. For a layer of this kind
+# $\phi \approx 24 D^2 + 4DT$, so $c \approx gR / (\beta (9D + 1.5T))$: **wide models can be cut, narrow ones cannot.**
+# And the speed-up of $n$ ranks, if nothing overlaps, is
 #
 # $$\frac{n}{1 + c\,(n-1)}$$
 #
@@ -634,6 +634,9 @@ for width in (1024, 4096, 16384):
         print(f"{width:>6}  {link_name:28}{c:>6.2f}{speed[0]:>15.2f}{speed[1]:>7.2f}{1 / c:>7.1f}")
         exact = exchange_ratio(layer_of_width(width), SEQ, 8, 2, R, link)
         assert abs(exact - 7 * c) < 1e-12
+even = (2 * R / 50e9 - 1.5 * SEQ) / 9  # c = g R / (link (9 D + 1.5 T)) = 1, solved for D
+print(f"between machines cutting breaks even at a width of {even:,.0f}")
+assert [exchange_ratio(layer_of_width(width), SEQ, 2, 2, R, 50e9) < 1 for width in (768, 1536)] == [False, True]
 
 # %% tags=["nbval-ignore-output"]
 widths = [2**k for k in range(9, 15)]

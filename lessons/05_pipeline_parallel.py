@@ -52,13 +52,13 @@ from picotron_mini.launch import RankError, launch
 from picotron_mini.mesh import Mesh
 from picotron_mini.model.costs import head_flops, layer_activation_bytes, layer_flops, parameters
 from picotron_mini.model.gpt import GPT, IGNORE, init_weights
-from picotron_mini.parallel import partial, schedules
+from picotron_mini.parallel import partial, pipeline, schedules
 from picotron_mini.parallel.parallelize import layout_of, stage_layers
 from picotron_mini.parallel.pipeline import run_pipeline
 from picotron_mini.parallel.schedules import SCHEDULES, Action, Event, balance, draw, simulate
 from picotron_mini.parallel.traffic import predict_step
 from picotron_mini.presets import preset
-from picotron_mini.verify import verify
+from picotron_mini.verify import MODEL, TRAIN, verify
 
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
 
@@ -82,8 +82,8 @@ print(f"tensor parallel: {4 * EIGHT_B.num_layers * hidden_bytes / 1e6:7,.1f} MB 
 print(f"one border:      {hidden_bytes / 1e6:7,.1f} MB on the way forward, as many back")
 
 # %% [markdown]
-# Two orders of magnitude less to send, and it goes to one neighbour. The price is another one: while a sequence is in
-# the first layers, the ranks that have the last layers wait for it. How long, and what can be done about it, is this
+# A factor of 64, both ways counted, and it goes to one neighbour. The price is another one: while a sequence is in the
+# first layers, the ranks that have the last layers wait for it. How long, and what can be done about it, is this
 # chapter.
 #
 # ## Cutting the chain rule
@@ -256,9 +256,10 @@ for name in ("afab", "1f1b"):
 # the same bubble only moves to another place.
 #
 # The difference is in the last number, the *live* micro-batches. Between its forward and its backward the activations
-# of a micro-batch must be kept. All-forward-all-backward keeps all $m$; 1F1B keeps at most $p - s$ on stage $s$,
-# whatever $m$ is. So 1F1B lets you raise $m$, which is what shrinks the bubble, without paying in memory. That is its
-# whole point.
+# of a micro-batch must be kept. All-forward-all-backward keeps all $m$. Under 1F1B stage $s$ runs $p-1-s$ forwards
+# first, one for each stage behind it: that is how long the first micro-batch needs to go to the end and turn around.
+# From then on it starts a forward only when it is about to run a backward. So it keeps at most $p - s$, whatever $m$
+# is, and you may raise $m$, which is what shrinks the bubble, without paying in memory. That is its whole point.
 #
 # ## One executor for any list
 #
@@ -497,10 +498,13 @@ draw_timelines(
 # ## Proof
 #
 # `verify` trains some steps on the layout and on one device by a reference that knows nothing of stages, and compares
-# loss, gradients, gradient norm and weights, with SGD and AdamW. Its model has nine layers and a tied embedding: on
-# four stages the layers are uneven. On the command line it is `picotron-mini verify pp=4`.
+# loss, gradients, gradient norm and weights, with SGD and AdamW. Its model has nine layers and a tied embedding, so the
+# stages are uneven. On the command line it is `picotron-mini verify pp=4`.
 
 # %%
+for stages in (2, 4):
+    split = stage_layers(MODEL, stages, TRAIN.seq_len)
+    print(f"layers on {stages} stages: {', '.join(str(len(layers)) for layers in split)}")
 reports = {layout: verify(layout) for layout in ("pp=2", "pp=4", "dp=2,pp=2")}
 for layout, report in reports.items():
     assert report.ok and report.first_divergence is None
@@ -543,8 +547,10 @@ for text in ("pp=2", "tp=2", "pp=4", "tp=4"):
     print(f"{text:8}{most / 1e9:>19.2f} GB")
 
 # %% [markdown]
-# A factor of 49 to 98. That is why pipelines are what crosses the slow links between machines, and tensor parallelism
-# stays inside one.
+# A factor of 49 to 98. And each all_reduce is a meeting of all ranks for which the computation stops: in the layers
+# alone there are $4 \cdot 24$ of them for a micro-batch. An inner stage sends two messages for it, and they travel
+# while the next micro-batch is computed. That is why pipelines are what crosses the slow links between machines, and
+# tensor parallelism stays inside one.
 #
 # ## What it costs: latency
 #
@@ -570,8 +576,8 @@ assert steps["1f1b"][-1] > 1.4 * steps["afab"][-1]
 # $$f + b + \frac{2(p-1)}{p}\,c$$
 #
 # in the long run. The lean memory of 1F1B is a budget of work in flight, and latency eats it. The cure is to run
-# further ahead: with $2(p-1-s)$ forwards before the first backward, in place of $p-1-s$, travel is hidden as long as $c
-# \le (f+b)/2$. The price is nearly twice the memory. You write that schedule in exercise 5.
+# further ahead: with $2(p-1-s)$ forwards before the first backward, in place of $p-1-s$, the travel is hidden as long
+# as $c \le (f+b)/2$. The price is nearly twice the memory. You write that schedule in exercise 5.
 
 # %%
 p, c = 4, 0.5
@@ -712,8 +718,14 @@ print(inspect.getsource(partial._exchange))
 # wants an activation. If both wait for their own send to be taken before they receive, nobody ever receives.
 #
 # On GPUs there is a subtler form of the same. NCCL runs the messages of one process group one after the other, in the
-# order in which the program asked for them. Our executor asks for the next gradient early, so that it can travel during
-# a forward:
+# order in which the program asked for them. Our executor asks early for what the next action needs, so that it can
+# travel while this one computes:
+
+# %% tags=["nbval-ignore-output"]
+print(inspect.getsource(pipeline._post_ahead))
+
+# %% [markdown]
+# So in the steady state of 1F1B, with one queue a rank:
 #
 #     stage 0   receive gradient 1, send activation 2        the send is behind a receive ...
 #     stage 1   receive activation 2, send gradient 1        ... that is behind a receive of that very send
@@ -763,8 +775,8 @@ assert "take" in second and "run_forward_of" in second, "rank 1 waits for an act
 print("rank 0 waits in a backward for a gradient, rank 1 in a forward for an activation")
 
 # %% [markdown]
-# That is how to read a hang: not *where* each rank is, but *which message* each waits for, and then who was to send it
-# and what he does instead. Here both senders have the message ready, behind the receive that they wait for.
+# That is how to read a hang: not *where* each rank is, but *which message* each waits for, then which rank was to send
+# it, and what that rank does instead. Here both senders have the message ready, behind the receive that they wait for.
 #
 # The executor keeps four rules, and its docstring states them: a group for each direction; every stage receives in the
 # order in which its neighbour sends; a gradient always goes back, even zeros from a stage that ignored its input; at
@@ -951,7 +963,7 @@ kill("05.loss_not_divided", my_test)
 #
 # ```console
 # $ picotron-mini verify pp=2 --device cuda --dtype float32                   # equal to one device, on GPUs
-# $ picotron-mini describe pp=4 --preset bench                                # who holds which layers, and sends what
+# $ picotron-mini describe pp=4 --preset bench --device cpu                   # who holds which layers, and sends what
 # $ picotron-mini bench --preset bench --layout pp=2 --micro-batches 8        # tokens per second, against --layout dp=1
 # $ picotron-mini bench --preset bench --layout pp=2 --micro-batches 8 --schedule afab
 # ```
@@ -960,7 +972,8 @@ kill("05.loss_not_divided", my_test)
 #
 # ```console
 # $ torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
-#     --no-python picotron-mini train --preset h100 --layout pp=2,dp=8 --micro-batches 8
+#     --no-python picotron-mini train --preset h100 --layout pp=2,dp=8 \
+#     --batch-size 256 --micro-batch-size 4 --micro-batches 8
 # ```
 #
 # `pp` is the slowest axis of the rank numbers, so the stages are what lies on different machines. Before you run,

@@ -59,6 +59,26 @@ def test_one_sees_where_the_keyboard_is(reader: Reader, site: Path) -> None:
         assert seen > 4, f"{name}: 40 times Tab does not reach the text"
 
 
+def test_the_menu_of_a_phone_opens_by_keyboard(reader: Reader) -> None:
+    page = reader.open("index.html")
+    button = page.locator("label.md-header__button[for=__drawer]")
+    if page.viewport_size["width"] > 1000:
+        expect(button).to_be_hidden()
+        return
+    link = page.locator(".md-sidebar--primary a", has_text="Glossary").first
+    expect(link).to_be_hidden()
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        if button.evaluate("one => one === document.activeElement"):
+            break
+    expect(button).to_be_focused()
+    for key in ("Enter", " "):
+        page.keyboard.press(key)
+        expect(link).to_be_visible()
+        page.keyboard.press(key)
+        expect(link).to_be_hidden()
+
+
 def test_a_fold_opens_with_enter(reader: Reader, site: Path) -> None:
     page = reader.open(one(site, "interview_questions"))
     answer = page.locator("article details").first

@@ -9,6 +9,17 @@
       else box.removeAttribute("tabindex");
     }
   };
+  // On a narrow screen the menu and the search open by a <label>, which the keyboard passes over.
+  for (const [id, name] of [["__drawer", "Menu"], ["__search", "Search"]]) {
+    for (const label of document.querySelectorAll(`label.md-header__button[for=${id}]`)) {
+      Object.assign(label, { tabIndex: 0, role: "button", ariaLabel: name });
+      label.addEventListener("keydown", (event) => {
+        if (event.key !== " ") return; // the theme clicks a label on Enter, once it has the focus
+        event.preventDefault();
+        label.click();
+      });
+    }
+  }
   new MutationObserver(mend).observe(document.body, { childList: true, subtree: true });
   for (const event of ["load", "resize", "toggle"]) addEventListener(event, mend, true); // "toggle": an answer unfolds
 })();
