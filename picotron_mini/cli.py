@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 import yaml
 
-from .config import ConfigError, Device, RunConfig, UserError, from_dict, to_dict
+from .config import ConfigError, Device, Dtype, RunConfig, UserError, from_dict, to_dict
 from .presets import PRESETS, preset
 
 # What needs torch is imported inside the commands, so that `--help` and a misspelt command answer at once.
@@ -65,6 +65,8 @@ class Generate:
     top_k: int = 50  # draw among this many tokens; 0: all
     seed: int = 0
     device: Device = "auto"  # auto: cuda if there is one, else cpu
+    dtype: Dtype = "float32"  # of the weights and the compute
+    layout: str = "1"  # over how many ranks the model is spread, as tp=2,pp=2; 1: one device
 
 
 @dataclass(frozen=True)
@@ -246,17 +248,10 @@ def train_command(args: list[str]) -> int:
 def generate_command(args: list[str]) -> int:
     """let a trained model write"""
     wanted = _parse(Generate, "generate", args)
-    from .write import write
+    from .write import Wish, write
 
-    write(
-        wanted.folder,
-        wanted.prompt,
-        wanted.max_new_tokens,
-        wanted.temperature,
-        wanted.top_k,
-        wanted.seed,
-        wanted.device,
-    )
+    wish = Wish(wanted.prompt, wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.seed)
+    write(wanted.folder, wish, wanted.device, wanted.layout, wanted.dtype)
     return 0
 
 

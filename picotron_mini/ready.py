@@ -99,7 +99,7 @@ def start_folder(ready: ReadyRun) -> None:
         raise UserError(f"the run folder {ready.folder} exists and is not overwritten; choose another --name") from None
     write_json(ready.folder / "config.json", to_dict(run))
     write_environment(ready.folder)
-    layout = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero, run.train.zero_group)
+    layout = layout_of(run)
     write_json(ready.folder / "layout.json", to_json(layout, run.mesh))
 
 

@@ -34,7 +34,7 @@ class Recorder:
         self.token_bytes = torch.as_tensor(self.tokenizer.token_bytes())
         run = ready.run
         self.traffic: dict[str, Any] = {}
-        self.layout = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero, run.train.zero_group)
+        self.layout = layout_of(run)
         # validation loss is in nats a token; bits per byte does not depend on the tokenizer
         text = ready.prepared
         self.bits_per_byte_per_nat = text.val_tokens / max(text.val_bytes, 1) / math.log(2)

@@ -1,7 +1,7 @@
 """Does a layout compute what one device computes? Asked of the real thing, and answered with a number.
 
     batches -> reference: the plain model on one device ----+
-          \\-> the library on pp x dp x tp ranks ------------+--> compare loss, gradients, norm, weights
+          \\-> the library on pp x dp x cp x tp ranks -------+--> compare loss, gradients, norm, weights
 
 The reference (`reference.py`) imports the model and nothing else of this library; it is not the library with one rank.
 Both train a few steps on batches made to be unkind: ragged documents, and targets missing unevenly, so that an average
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from .collectives import ledger
-from .config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, resolve
+from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, resolve
 from .data.loader import Batch, data_rows
 from .launch import launch, under_torchrun
 from .mesh import Mesh, coordinates
@@ -133,7 +133,7 @@ def verify(
     ]
     run = runs[0]
     device = "cuda" if train.device == "cuda" else "cpu"
-    whole = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero, run.train.zero_group)
+    whole = layout_of(run)
     check_frozen(run.model, run.train.freeze)
     predicted = [predict_step(run, whole, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
     batches = make_batches(run)
@@ -149,9 +149,7 @@ def verify(
         with_weights = each.train.dtype == "float64" or each.train.optimizer == "sgd"
         if each.train.dtype != "float64":
             narrow = reference(each.model, each.train, batches, getattr(torch, each.train.dtype), device)
-            noise.compare(
-                narrow, truth, layout_of(each.model, MeshShape(), each.train.seq_len), {}, 0, with_weights, each
-            )
+            noise.compare(narrow, truth, layout_of(replace(each, layout="1")), {}, 0, with_weights, each)
         for rank, results in enumerate(per_rank):
             errors.compare(results[number][0], truth, whole, coordinates(run.mesh, rank), rank, with_weights, each)
 

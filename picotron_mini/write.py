@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .config import UserError
-from .data.tokenizer import load_tokenizer
-from .model.generate import stream
+from .config import RunConfig, TrainConfig, UserError, resolve
+from .data.tokenizer import Tokenizer, load_tokenizer
+from .launch import launch
+from .mesh import Mesh
+from .model.generate import KeyValueCache, next_logits, stream
 from .model.gpt import GPT
 from .model.hf import load_hf
+from .parallel import generate as spread
 
 
 def load(folder: str | Path, device: str = "cpu") -> GPT:
@@ -35,25 +42,60 @@ def _weights(folder: str | Path) -> Path:
     return weights
 
 
-def write(
-    folder: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int, device: str = "auto"
-) -> None:
-    """Print the prompt and what the model makes of it."""
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
+@dataclass(frozen=True)
+class Wish:
+    """What to write, and how each token is chosen (see `model.generate.stream`)."""
+
+    prompt: str
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 50
+    seed: int = 0
+
+
+def write(folder: str, wish: Wish, device: str = "auto", layout: str = "1", dtype: str = "float32") -> None:
+    """Print the prompt and what the model makes of it.
+
+    Args:
+        layout: over how many ranks the model is spread, as "tp=2,pp=2"; "1" is one device.
+
+    Raises:
+        UserError: the folder holds no whole model, or it does not fit the layout or the machine.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
         raise UserError("device=cuda, and torch sees no GPU; use --device cpu")
-    if device == "auto":
-        device = "cuda" if gpu else "cpu"
-    model = load(folder, device)
+    device = device if device != "auto" else "cuda" if gpus else "cpu"
+    model = load(folder)
     tokenizer = load_tokenizer(_weights(folder))
-    ids = tokenizer.encode(prompt) or [tokenizer.end]
+    run = resolve(RunConfig(layout, model=model.config, train=TrainConfig(device=device, dtype=dtype)), gpus=gpus)  # type: ignore[arg-type]
+    if run.mesh.world_size == 1:
+        model.to(device, getattr(torch, dtype))
+        _print(partial(next_logits, model), tokenizer, wish, torch.device(device))
+    else:
+        del model  # it was whole, and is to be spread
+        launch(_on_rank, run, folder, wish, world_size=run.mesh.world_size, device=device, timeout=None, output="live")
+
+
+def _on_rank(run: RunConfig, folder: str, wish: Wish) -> None:
+    device = torch.device("cuda", torch.cuda.current_device()) if run.train.device == "cuda" else torch.device("cpu")
+    config, state = load_hf(_weights(folder))
+    parallel = spread.load_parallel(run, config, state, Mesh.build(run.mesh), device)
+    _print(partial(spread.next_logits, parallel), load_tokenizer(_weights(folder)), wish, device)
+
+
+def _print(
+    scores: Callable[[Tensor, KeyValueCache], Tensor], tokenizer: Tokenizer, wish: Wish, device: torch.device
+) -> None:
+    ids = tokenizer.encode(wish.prompt) or [tokenizer.end]
     # A character may be spread over several tokens: print only what is complete.
     shown = len(tokenizer.decode(ids))
-    waiting = prompt  # printed with the first piece, so that what cannot work is refused before
+    waiting = wish.prompt  # printed with the first piece, so that what cannot work is refused before
     tokens = torch.tensor([ids], device=device)
     for new in stream(
-        model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, stop_token=tokenizer.end
-    ):
+        scores, tokens, wish.max_new_tokens, temperature=wish.temperature, top_k=wish.top_k, seed=wish.seed,
+        stop_token=tokenizer.end,
+    ):  # fmt: skip
         if int(new) == tokenizer.end:
             break
         ids.append(int(new))

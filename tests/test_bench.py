@@ -43,7 +43,7 @@ def measured(
     return run
 
 
-@pytest.mark.parametrize("layout", ["dp=1", "dp=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize("layout", ["dp=1", "dp=2", "tp=2", "pp=2", "cp=2"])
 def test_measures(layout: str, measured: Callable[..., dict[str, Any]]) -> None:
     result = measured(layout)
     train = TrainConfig(seq_len=16, micro_batch_size=2, micro_batches=2, device="cpu")
@@ -60,7 +60,7 @@ def test_measures(layout: str, measured: Callable[..., dict[str, Any]]) -> None:
     assert result["tokens_per_second_per_rank"] == pytest.approx(tokens / sorted(seconds)[1] / run.mesh.world_size)
     assert result["mfu"] is None and result["matmul_tflops"] is None  # nobody knows the peak of this CPU
     assert result["peak_memory_bytes"] > 1 << 20
-    predicted = predict_step(run, layout_of(model, run.mesh, 16), coordinates(run.mesh, 0))
+    predicted = predict_step(run, layout_of(run), coordinates(run.mesh, 0))
     assert result["bytes_per_step"] == {f"{axis} {operation}": n for (axis, operation), n in predicted.items()}
 
 

@@ -75,9 +75,15 @@ def check_values(shape: MeshShape, dtype: torch.dtype) -> None:
     for work in works:
         work.wait()
     same(buffer, every[r - 1], "send and receive")
+    arriving, work = collectives.rotate(x.T.contiguous(), axis)
+    work.wait()
+    same(arriving, every[r - 1].T, "rotate")
     collectives.barrier(axis)
     same(collectives.reduce_from(x, axis), total, "reduce_from")
     same(collectives.copy_to(x, axis), x, "copy_to")
+    same(collectives.gather_from(x, axis, 1), torch.cat(every, 1), "gather_from")
+    same(collectives.scatter_to(x, axis, 0), total.chunk(n)[r], "scatter_to")
+    same(collectives.exchange(x, axis), torch.cat([other.chunk(n)[r] for other in every]), "exchange")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -120,9 +126,21 @@ def a_split_layer(shape: MeshShape) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return y.detach(), x.grad, a.grad, b.grad
 
 
+def a_split_layer_and_sequence(shape: MeshShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same two layers, with each rank's part of the tokens before and after them."""
+    axis = Mesh.build(shape)["tp"]
+    x, first, second = two_layers()
+    x = x.chunk(axis.size)[axis.index].clone().requires_grad_()
+    a = first.chunk(axis.size, 1)[axis.index].clone().requires_grad_()
+    b = second.chunk(axis.size, 0)[axis.index].clone().requires_grad_()
+    y = collectives.scatter_to(torch.tanh(collectives.gather_from(x, axis, 0) @ a) @ b, axis, 0)
+    (y**2).sum().backward()
+    return y.detach(), x.grad, a.grad, b.grad
+
+
 def two_layers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    return tuple(torch.randn(shape, dtype=torch.float64) for shape in ((5, 4), (4, 6), (6, 3)))
+    return tuple(torch.randn(shape, dtype=torch.float64) for shape in ((6, 4), (4, 6), (6, 3)))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -135,6 +153,34 @@ def test_gradients_of_the_pair_are_those_of_one_device(ranks, size: int) -> None
         torch.testing.assert_close(got_x, x.grad, rtol=1e-12, atol=0)
         torch.testing.assert_close(got_a, first.grad.chunk(size, 1)[rank], rtol=1e-12, atol=0)
         torch.testing.assert_close(got_b, second.grad.chunk(size, 0)[rank], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_of_a_split_sequence_are_those_of_one_device(ranks, size: int) -> None:
+    x, first, second = (t.requires_grad_() for t in two_layers())
+    y = torch.tanh(x @ first) @ second
+    (y**2).sum().backward()
+    results = ranks(a_split_layer_and_sequence, MeshShape(tp=size), world_size=size)
+    for rank, (got_y, got_x, got_a, got_b) in enumerate(results):
+        torch.testing.assert_close(got_y, y.detach().chunk(size)[rank], rtol=1e-12, atol=0)
+        torch.testing.assert_close(got_x, x.grad.chunk(size)[rank], rtol=1e-12, atol=0)
+        torch.testing.assert_close(got_a, first.grad.chunk(size, 1)[rank], rtol=1e-12, atol=0)
+        torch.testing.assert_close(got_b, second.grad.chunk(size, 0)[rank], rtol=1e-12, atol=0)
+
+
+def check_gradient_of_exchange(shape: MeshShape) -> None:
+    """In a rank: every rank gives what it receives a weight of its own, and it comes back from where the part went."""
+    axis = Mesh.build(shape)["tp"]
+    x = ours(axis.index).requires_grad_()
+    (collectives.exchange(x, axis) * (axis.index + 1)).sum().backward()
+    assert x.grad is not None
+    came = [part.unique().tolist() for part in x.grad.chunk(axis.size)]
+    assert came == [[j + 1.0] for j in range(axis.size)], came
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient_of_exchange(ranks, size: int) -> None:
+    ranks(check_gradient_of_exchange, MeshShape(tp=size), world_size=size)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------
@@ -159,6 +205,10 @@ def use_everything(mesh: Mesh) -> None:
         work.wait()
     x = torch.ones(29, requires_grad=True)
     collectives.reduce_from(collectives.copy_to(x, axis).exp(), axis).sum().backward()
+    y = torch.ones(31, requires_grad=True)
+    collectives.scatter_to(collectives.gather_from(y, axis, 0).exp(), axis, 0).sum().backward()
+    collectives.rotate(torch.ones(41), axis)[1].wait()
+    collectives.exchange(torch.ones(37 * n, requires_grad=True), axis).sum().backward()
 
 
 def ledger_and_witness(shape: MeshShape) -> tuple[dict[Any, int], dict[str, int], dict[str, int]]:
@@ -174,17 +224,18 @@ def test_the_ledger_counts_what_the_witness_sees(ranks, size: int) -> None:
     for rank, (counted, seen, calls) in enumerate(ranks(ledger_and_witness, MeshShape(tp=size), world_size=size)):
         expected = {
             ("tp", "all_reduce"): 3 * 4 + 5 * 8 + 19 * 4 + 2 * 29 * 4,
-            ("tp", "all_gather"): 14 * 4 + shard,
-            ("tp", "reduce_scatter"): 2 * 11 * size * 2,
-            ("tp", "all_to_all"): 13 * size * 4,
-            ("tp", "send"): 23 * 4,
+            ("tp", "all_gather"): 14 * 4 + shard + 2 * 31 * 4,
+            ("tp", "reduce_scatter"): 2 * 11 * size * 2 + 2 * 31 * size * 4,
+            ("tp", "all_to_all"): (13 + 2 * 37) * size * 4,
+            ("tp", "send"): (23 + 41) * 4,
         }
         if rank == size - 1:
             expected["tp", "broadcast"] = 17 * 4
         assert counted == expected
         assert seen == {operation: n for (_, operation), n in counted.items()}
         assert calls["all_reduce"] == 5
-        assert calls["broadcast"] == calls["receive"] == calls["barrier"] == 1
+        assert calls["broadcast"] == calls["barrier"] == 1
+        assert calls["send"] == calls["receive"] == 2
 
 
 def test_an_axis_of_one_rank_does_nothing(ranks) -> None:
@@ -205,6 +256,9 @@ def one_rank() -> tuple[dict[Any, int], dict[str, int], dict[str, int]]:
             collectives.broadcast(x, axis),
             collectives.copy_to(x, axis),
             collectives.reduce_from(x, axis),
+            collectives.gather_from(x, axis, 0),
+            collectives.scatter_to(x, axis, 0),
+            collectives.exchange(x, axis),
         ):
             assert same is x
         collectives.barrier(axis)
@@ -250,6 +304,7 @@ def eager_and_compiled() -> list[Any]:
     def block(x: torch.Tensor) -> torch.Tensor:
         x = collectives.copy_to(x, axis).sin()
         x = collectives.reduce_from(x, axis)
+        x = collectives.scatter_to(collectives.gather_from(x, axis, 1).cos(), axis, 1)
         y = collectives.all_gather(x.detach(), axis, 1)
         y = y + collectives.all_gather(y[:, : 3 - axis.index], axis, 1, total=5).sum()
         y = collectives.all_to_all(y, axis)
@@ -354,6 +409,20 @@ def _sums_backward_too() -> None:
     collectives._ReduceFrom.backward = staticmethod(lambda ctx, grad: (collectives._all_reduce(grad, "tp:0,1"), None))
 
 
+def _scatters_without_gathering_back() -> None:
+    collectives._ScatterTo.backward = staticmethod(
+        lambda ctx, grad: (torch.cat([grad] * ctx.size, ctx.dim), None, None, None)
+    )
+
+
+def _rotates_nothing() -> None:
+    collectives.dist.batch_isend_irecv = lambda operations: []
+
+
+def _keeps_the_gradient() -> None:
+    collectives._Exchange.backward = staticmethod(lambda ctx, grad: (grad, None))
+
+
 BROKEN = [
     _forgets_the_sum,
     _only_maximum,
@@ -365,13 +434,18 @@ BROKEN = [
     _swaps_the_pair,
     _forgets_backward,
     _sums_backward_too,
+    _scatters_without_gathering_back,
+    _rotates_nothing,
+    _keeps_the_gradient,
 ]
 
 
 def with_broken(break_it: Callable[[], None]) -> tuple[Any, ...]:
     break_it()
     check_values(MeshShape(tp=2), torch.float64)
-    return a_split_layer(MeshShape(tp=2))
+    check_gradient_of_exchange(MeshShape(tp=2))
+    _, x, a, _ = a_split_layer_and_sequence(MeshShape(tp=2))
+    return (*a_split_layer(MeshShape(tp=2)), x, a)
 
 
 @pytest.mark.parametrize("break_it", BROKEN, ids=lambda fn: fn.__name__.strip("_"))
@@ -383,7 +457,9 @@ def test_a_broken_collective_is_noticed(ranks, break_it: Callable[[], None]) -> 
     except RankError as error:
         assert "AssertionError" in str(error)  # check_values said so, and nothing else went wrong
         return
-    right = [torch.allclose(got_x, x.grad, rtol=1e-12, atol=0) for _, got_x, _, _ in results]
+    right = [torch.allclose(r[1], x.grad, rtol=1e-12, atol=0) for r in results]
+    right += [torch.allclose(r[4], x.grad.chunk(2)[i], rtol=1e-12, atol=0) for i, r in enumerate(results)]
+    right += [torch.allclose(r[5], first.grad.chunk(2, 1)[i], rtol=1e-12, atol=0) for i, r in enumerate(results)]
     right += [torch.allclose(r[2], first.grad.chunk(2, 1)[i], rtol=1e-12, atol=0) for i, r in enumerate(results)]
     assert not all(right)
 

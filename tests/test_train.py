@@ -117,7 +117,7 @@ def test_the_settings_are_recorded_and_resolved(trained: tuple[Path, str], text:
     assert run.model.vocab_size == 280 and run.model.head_dim == 8
     assert (run.train.batch_size, run.train.micro_batch_size, run.train.micro_batches) == (8, 4, 1)
     assert run.train.device == "cpu"
-    layout = layout_of(run.model, run.mesh, run.train.seq_len)
+    layout = layout_of(run)
     assert read(trained[0] / "layout.json") == json.loads(json.dumps(to_json(layout, run.mesh)))
     assert read(trained[0] / "environment.json")["torch"] == torch.__version__
 
@@ -219,7 +219,7 @@ def test_it_beats_the_bigram_model_of_its_text(text: Path, tmp_path: Path) -> No
 
 # --- no layout changes what is learned --------------------------------------------------------------------
 
-LAYOUTS = ["dp=1", "dp=2,tp=2", "tp=2,pp=2"]
+LAYOUTS = ["dp=1", "dp=2,tp=2", "tp=2,pp=2", "cp=2,pp=2"]
 
 
 @pytest.mark.slow

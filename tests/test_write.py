@@ -20,7 +20,7 @@ from picotron_mini.data.tokenizer import Tokenizer, byte_tokenizer, load_tokeniz
 from picotron_mini.model.generate import generate
 from picotron_mini.model.gpt import GPT, init_weights
 from picotron_mini.model.hf import save_hf
-from picotron_mini.write import load, write
+from picotron_mini.write import Wish, load, write
 
 MODEL = ModelConfig(
     vocab_size=257, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
@@ -82,6 +82,30 @@ def test_the_seed_decides(folder: Path, said: Callable[..., tuple[int, str, str]
     assert greedy[0] == greedy[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2", "dp=2", "cp=2", "tp=2,pp=2"])
+def test_a_model_that_is_spread_over_ranks_writes_the_same(
+    layout: str, folder: Path, said: Callable[..., tuple[int, str, str]]
+) -> None:
+    flags = (folder, "once upon", "--max-new-tokens", "25", "--dtype", "float64")
+    assert said(*flags, "--layout", layout) == said(*flags)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("tp=4", "tp=4 does not divide num_kv_heads=2; tp could be 1 or 2"),
+        ("pp=3", "pp=3 is more than num_layers=2"),
+        ("tp2", "'tp2' is not AXIS=SIZE"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model(
+    layout: str, words: str, folder: Path, said: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, out, err = said(folder, "x", "--layout", layout)
+    assert (status, out) == (2, "") and words in err
+
+
 def test_from_another_folder_and_from_the_weights_themselves(
     folder: Path, said: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +132,7 @@ def test_each_piece_is_printed_as_it_comes(folder: Path, monkeypatch: pytest.Mon
     ids = [*tokenizer.encode(text), tokenizer.end, 65]
     monkeypatch.setattr(write_module, "stream", lambda *a, **k: (torch.tensor([t]) for t in ids))
     monkeypatch.setattr("builtins.print", lambda *a, end="\n", flush=False: shown.append(("".join(a) + end, flush)))
-    write(str(folder), "<", 99, 1.0, 0, 0, "cpu")
+    write(str(folder), Wish("<", 99, 1.0, 0), "cpu")
     assert [piece for piece, _ in shown] == ["<a", *text[1:], "\n"]
     assert all(flush for _, flush in shown[:-1])
 
@@ -117,7 +141,7 @@ def test_text_that_ends_within_a_character_is_not_lost(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_module, "stream", lambda *a, **k: (torch.tensor([t]) for t in b"ab\xe2"))
-    write(str(folder), "<", 3, 1.0, 0, 0, "cpu")
+    write(str(folder), Wish("<", 3, 1.0, 0), "cpu")
     assert capsys.readouterr().out == "<ab\ufffd\n"
 
 
@@ -185,7 +209,7 @@ def test_numbers_out_of_range(flags: str, folder: Path, said: Callable[..., tupl
 def test_a_gpu_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device=cuda, and torch sees no GPU; use --device cpu"):
-        write(str(folder), "x", 1, 1.0, 0, 0, "cuda")
+        write(str(folder), Wish("x"), "cuda")
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ def run_and_compare(
         if all(_all_near(mine, rank[number]) for mine, rank in zip(got, known, strict=True)):
             return hint
     if any(mine[i] is None for mine in got for i in range(1, len(mine))):
-        return "autograd does not come back through it: all_reduce has no gradient of its own, reduce_from has"
+        return "autograd does not come back through it to every input: reduce_from and copy_to carry gradients"
     forward = all(near(mine[0], rank[0][0]) for mine, rank in zip(got, known, strict=True))
     return "the value is right and a gradient is not" if forward else "the value is not that of one device"
 

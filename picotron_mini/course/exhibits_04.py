@@ -38,7 +38,7 @@ def slice_zero_for_all() -> None:
 
 def head_norms_not_summed() -> None:
     """The norm on queries and keys keeps the gradient of this rank's own heads."""
-    parallelize.is_partial = lambda name: False
+    parallelize.is_partial = lambda name, sequence_parallel=False: False
 
 
 EXHIBITS = [
@@ -48,7 +48,7 @@ EXHIBITS = [
         story="A tensor-parallel layer reads one input on all ranks, and each rank's slice contributes its part to the "
         "input's gradient. The entry is the identity forward, so leaving it out changes no output. Everything "
         "below the layer then learns from one rank's part of the gradient (Megatron-LM calls this pair f and g).",
-        symptom="the first loss is right to the last digit; weights below the last layer get a part of their gradient.",
+        symptom="the first loss is right to the last digit; from the final norm down, each gradient is a part.",
         patch=copy_to_without_backward,
         killed_on=("tp=2",),
         survives_on=("dp=1", "dp=2"),
@@ -60,7 +60,8 @@ EXHIBITS = [
         "rule gets an all_reduce as its backward, which is right if the ranks' losses are to be added, and wrong "
         "here, where all ranks compute one and the same loss. torch.distributed.nn.functional.all_reduce is of "
         "that kind.",
-        symptom="gradients are multiplied by tp at each exit they pass: the lower the layer, the larger.",
+        symptom="each exit that a gradient passes multiplies it by tp: with tp=2 the final norm's gradient is "
+        "doubled and those of the last MLP are quadrupled; further down, terms with different factors mix.",
         patch=reduce_from_sums_again,
         killed_on=("tp=2",),
         survives_on=("dp=1", "dp=2"),

@@ -13,6 +13,9 @@ masked; and the embedding, a look-up without products, is counted. The utilisati
 repository prints uses this formula. Balancing pipeline stages needs the real shares instead; `layer_flops` and
 `head_flops` count products only.
 
+Memory has two parts. One is there all the time and grows with the parameters (`state_bytes`); the other is made by a
+forward, freed by its backward, and grows with the tokens (`activation_bytes`).
+
 Legend: L layers, D width, H query heads, Hkv key-value heads, Dh width of a head, F inner width, V vocabulary,
 T tokens.
 """
@@ -79,3 +82,34 @@ def layer_activation_bytes(config: ModelConfig, bytes_per_number: int = 4) -> in
         wide += (2 * head_dim + 1) * all_heads
     narrow = 2 * config.hidden_size + (2 * all_heads + heads) * head_dim + 4 * config.intermediate_size
     return wide * max(4, bytes_per_number) + narrow * bytes_per_number
+
+
+def activation_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
+    """Bytes that the whole model keeps for its backward, for one token, loss included; see `layer_activation_bytes`.
+
+    Besides its layers: the cosines and sines (Dh / 2 each, shared by all layers), the final norm as in a layer, and
+    the log-probability of every entry of the vocabulary, in float32 or wider. The batch itself is not counted.
+    """
+    wide = _head_dim(config) + 2 * config.hidden_size + 1 + config.vocab_size
+    outer = wide * max(4, bytes_per_number) + config.hidden_size * bytes_per_number
+    return config.num_layers * layer_activation_bytes(config, bytes_per_number) + outer
+
+
+def state_bytes(config: ModelConfig, bytes_per_number: int = 4) -> dict[str, int]:
+    """Bytes that training with AdamW keeps between steps, on one device, by what they are for.
+
+    Below float32 the weights are rounded copies of float32 masters, and gradients are summed in float32. The few
+    counters that come with each tensor (a flag of its gradient, the optimizer's step) are not counted.
+    """
+    number, wide = parameters(config), max(4, bytes_per_number)
+    return {
+        "weights": number * bytes_per_number,
+        "masters": number * 4 if bytes_per_number < 4 else 0,
+        "gradients": number * wide,
+        "moments": 2 * number * wide,
+    }
+
+
+def cache_bytes(config: ModelConfig, bytes_per_number: int = 2) -> int:
+    """Bytes of keys and values that generation keeps for one token of one sequence: 2 L Hkv Dh numbers."""
+    return 2 * config.num_layers * config.num_kv_heads * _head_dim(config) * bytes_per_number

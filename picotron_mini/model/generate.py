@@ -16,7 +16,8 @@ Legend: B batch, T tokens, Hkv key-value heads, Dh width of a head, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,9 +98,14 @@ def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def next_logits(model: GPT, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+    """Scores [B, V] of what follows tokens [B, T], which are appended to the cache."""
+    return model.logits(model(tokens, cache=cache)[:, -1])
+
+
 @torch.no_grad()
 def stream(
-    model: GPT,
+    scores: Callable[[Tensor, KeyValueCache], Tensor],
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -111,7 +117,7 @@ def stream(
     """Continue the prompts, giving each new token as soon as it is drawn.
 
     Args:
-        model: a whole model, on the device of the tokens.
+        scores: `next_logits` of a model, whole or spread over ranks, on the device of the tokens.
         tokens: prompts [B, T] int64, T at least 1.
         max_new_tokens: at most this many are written.
         temperature, top_k: see `sample`.
@@ -132,8 +138,7 @@ def stream(
     cache = KeyValueCache(tokens.shape[1] + max_new_tokens)
     done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        hidden = model(tokens, cache=cache)  # the whole prompt first, then one token a step
-        new = sample(model.logits(hidden[:, -1]), temperature, top_k, generator)
+        new = sample(scores(tokens, cache), temperature, top_k, generator)  # the whole prompt first, then one by one
         if stop_token is not None:
             new = torch.where(done, stop_token, new)
             done |= new == stop_token
@@ -154,5 +159,6 @@ def generate(
     stop_token: int | None = None,
 ) -> Tensor:
     """The prompts [B, T] with what `stream` writes after them, [B, T + at most max_new_tokens] int64."""
-    new = stream(model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, stop_token=stop_token)
+    scores = partial(next_logits, model)
+    new = stream(scores, tokens, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, stop_token=stop_token)
     return torch.cat([tokens, *(token[:, None] for token in new)], dim=1)

@@ -19,6 +19,12 @@ from .traffic import predict_step
 WHEN = {
     ("dp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
     ("tp", "all_reduce"): "exits of attention and MLP, their entries backward, the loss over the split vocabulary",
+    ("tp", "all_gather"): "entries of attention, MLP and head; their exits backward: all tokens, from each rank's part",
+    ("tp", "reduce_scatter"): "exits of attention, MLP and embedding; their entries backward: sums, cut by tokens",
+    ("dp_cp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
+    ("cp", "send"): "keys and values round the ring, beside each layer's attention; backward again, with gradients",
+    ("cp", "all_to_all"): "tokens against heads, before and after each layer's attention, forward and backward",
+    ("cp", "all_gather"): "documents of the whole sequence, for each layer's attention",
     ("pp", "send"): "hidden states to the next stage, their gradients to the previous one; a tied embedding",
     ("world", "all_reduce"): "loss, gradient norm and stop flag, at the end of the step",
 }
@@ -26,6 +32,8 @@ WHEN = {
 
 ZERO = {  # ... and with zero=1, 2, 3
     ("dp", "all_reduce"): ["the number of targets; with zero_group, gradients over the groups"] * 3,
+    ("dp_cp", "all_reduce"): ["the number of targets"] * 3,
+    ("cp", "all_reduce"): ["gradients of the rows that a rank owns, after the last backward"] * 3,
     ("dp", "reduce_scatter"): [
         "gradients, while the last micro-batch's backward runs",
         "gradients, while each micro-batch's backward runs",
@@ -49,7 +57,7 @@ def describe(run: RunConfig) -> RenderableType:
     Args:
         run: resolved, with the vocabulary's size filled.
     """
-    layout = layout_of(run.model, run.mesh, run.train.seq_len, run.train.zero, run.train.zero_group)
+    layout = layout_of(run)
     what = "masters and gradients" if run.train.zero in (1, 2) else "parameters"
     places = Table(title=f"where the {what} live: {run.layout}", title_justify="left")
     for column in ("parameter", "shape", "stages", "split", "gradient summed over"):

@@ -35,7 +35,7 @@ def gather(
             pad = whole.new_zeros([missing if d == shard.dim else n for d, n in enumerate(whole.shape)])
             whole = all_gather(torch.cat([whole, pad], shard.dim), mesh[shard.axis], shard.dim)
             whole = whole.narrow(shard.dim, 0, placement.local_shape(index)[shard.dim])  # copies come later
-    if home != 0 and index["dp"] == index["tp"] == 0:
+    if home != 0 and index["dp"] == index["cp"] == index["tp"] == 0:
         if whole is not None:
             send(whole.contiguous(), mesh["pp"], 0).wait()
         elif mesh.rank == 0:

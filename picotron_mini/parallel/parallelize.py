@@ -2,10 +2,12 @@
 
     1 pipeline   keep this stage's layers, so that the rest never takes memory
     2 tensor     cut the weights of what is left
+      context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
     5 compile    the blocks, with the exchanges of 2 inside them
-    6 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
+    6 recompute  around what is compiled; and the loss in chunks
+    7 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
 
 Also here: `layout_of`, which says before any process exists where everything will be, and `describe`, which prints it.
 """
@@ -17,17 +19,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig
+from ..config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from ..layout import Layout, Placement, Shard, split
+from ..memory.chunked_loss import chunked_loss
+from ..memory.recompute import recompute
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
+from .context import context_parallel
 from .data import GradientBuckets
 from .rows import alike
 from .schedules import balance
 from .tensor import is_partial, sharded_dim, tensor_parallel
 from .zero import ShardedGradients
-from .zero3 import ShardedWeights, empty
+from .zero3 import ShardedWeights, empty, head_with_loss
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,6 +56,19 @@ class Parallel:
         return DTYPES[self.run.train.dtype]
 
     @property
+    def index(self) -> dict[str, int]:
+        """The coordinates of this rank."""
+        return coordinates(self.mesh.shape, self.mesh.rank)
+
+    @property
+    def border_shape(self) -> tuple[int, int, int]:
+        """Of hidden states between two stages, [B, T/cp, D]; with sequence parallelism [B, T/cp/tp, D]."""
+        train = self.run.train
+        shape = self.mesh.shape
+        tokens = train.seq_len // shape.cp // (shape.tp if train.sequence_parallel else 1)
+        return train.micro_batch_size, tokens, self.run.model.hidden_size
+
+    @property
     def trained(self) -> dict[str, Tensor]:
         """The masters of the parameters that are not frozen: what an optimizer is given."""
         return {name: master for name, master in self.masters.items() if self.parameters[name].requires_grad}
@@ -62,16 +80,20 @@ def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     return balance(costs, stages, last_extra=head_flops(model))
 
 
-def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int, zero: int = 0, zero_group: int = 0) -> Layout:
+def layout_of(run: RunConfig) -> Layout:
     """Where every parameter of a model lives on a mesh; a pure function, evaluated before launch.
 
     With `zero` it is where the master and the gradient live; the weights that compute uses are cut like them by zero=3
     only, and else not over dp.
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
     """
-    stages = stage_layers(model, mesh.pp, seq_len)
+    model, mesh, train = run.model, run.mesh, run.train
+    stages = stage_layers(model, mesh.pp, train.seq_len)
     out = {}
     for name, shape in parameter_shapes(model).items():
-        sum_axes: tuple[str, ...] = ("dp",)
+        sum_axes: tuple[str, ...] = ("dp", "cp") if mesh.cp > 1 else ("dp",)
         if name.startswith("layers."):
             layer = int(name.split(".")[1])
             holders: tuple[int, ...] = (next(s for s, layers in enumerate(stages) if layer in layers),)
@@ -83,11 +105,11 @@ def layout_of(model: ModelConfig, mesh: MeshShape, seq_len: int, zero: int = 0, 
         shards: tuple[Shard, ...] = (
             (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
         )
-        if zero:
+        if train.zero and mesh.dp > 1:
             rows = shards[0].ranges[0][1] if dim == 0 and shards else shape[0]  # of the longest part
-            group = zero_group or mesh.dp
+            group = train.zero_group or mesh.dp
             shards += (Shard("dp", 0, split(rows, group) * (mesh.dp // group)),)
-        if is_partial(name):
+        if is_partial(name, train.sequence_parallel):
             sum_axes += ("tp",)
         if len(holders) > 1:
             sum_axes += ("pp",)
@@ -115,13 +137,14 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """
     config, train = run.model, run.train
     index = coordinates(mesh.shape, mesh.rank)
-    layout = layout_of(config, mesh.shape, train.seq_len, train.zero, train.zero_group)
+    layout = layout_of(run)
 
-    # 1 pipeline, 2 tensor: on the meta device, where tensors have shapes and no memory
+    # 1 pipeline, 2 tensor, context: on the meta device, where tensors have shapes and no memory
     layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
     with torch.device("meta"):
         model = GPT(config, layers=layers, embed=index["pp"] == 0, head=index["pp"] == mesh.shape.pp - 1)
-    tensor_parallel(model, mesh["tp"])
+    tensor_parallel(model, mesh["tp"], train.sequence_parallel)
+    context_parallel(model, mesh["cp"], train.context)
 
     # 3 weights
     if train.zero == 3:  # the whole is never here at once
@@ -150,11 +173,15 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     # 5 compile
     if train.compile:
         for block in model.layers.values():
-            block.compile(fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True)
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             model.cross_entropy = torch.compile(model.cross_entropy)
 
-    # 6 data
+    # 6 recompute
+    recompute(model, train.recompute)
+    chunked_loss(model, train.loss_chunks)
+
+    # 7 data
     if train.zero:
         rows = {p: layout[name].shards[-1].ranges[0][1] for name, p in parameters.items()}
         sharded = _sharded(model, parameters, mesh, train, rows)
@@ -163,7 +190,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
         return Parallel(run, mesh, layout, model, parameters, masters, sharded, device)
-    buckets = GradientBuckets(parameters.values(), mesh["dp"], train.bucket_mb * 2**20)
+    buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
     return Parallel(run, mesh, layout, model, parameters, masters, buckets, device)
 
 
@@ -171,11 +198,10 @@ def _sharded(
     model: GPT, parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig, rows: dict[nn.Parameter, int]
 ) -> ShardedGradients | ShardedWeights:
     """Cut over dp what `zero` says. Rows: of dim 0, that each dp rank owns."""
-    axis, copies = mesh["dp"], None
-    if train.zero_group not in (0, axis.size):
-        axis, copies = mesh.halves("dp", train.zero_group)
+    axis, across = mesh.halves("dp", train.zero_group or mesh.shape.dp)
+    copies = [each for each in (across, mesh["cp"]) if each.size > 1]
     if train.zero == 3:
-        units = [model.embed, *model.layers.values(), model.norm, model.head]
+        units = [model.embed, *model.layers.values(), model.norm, head_with_loss(model)]
         return ShardedWeights([unit for unit in units if unit is not None], axis, rows=rows, copies=copies)
     start = "last" if train.zero == 1 else "each"
     size = train.bucket_mb * 2**20

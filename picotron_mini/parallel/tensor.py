@@ -21,9 +21,19 @@ The vocabulary is cut too. The embedding looks up only its own rows and sums; th
 
 so three numbers a token cross the wire instead of V logits.
 
+**Sequence parallelism** (arXiv 2205.05198) goes on where this stops: between the pairs every rank holds all tokens
+and does the same norms and additions. Let each keep T/tp of the tokens there. The entry then gathers them
+(`gather_from`), and the exit, which has to sum anyway, leaves each rank its own tokens of the sum (`scatter_to`):
+
+    [B, T/tp, D] --all_gather--> [B, T, D] --pair--> partial sums [B, T, D] --reduce_scatter--> [B, T/tp, D]
+
+An all_reduce is a reduce_scatter and an all_gather, so a ring carries as many bytes as before. Each norm now sees a
+part of the tokens, and its gradient is a partial sum (`partial.py`). Positions, attention and the loss see all tokens.
+
 Cost a step and micro-batch, in payload: 4 all_reduces of B*T*D a layer (2 forward, 2 backward), 1 for the
-embedding forward, 1 for the head backward, and for the loss 3 float values a token. All of it is waited for: it
-pays only where links are fast and D is large.
+embedding forward, 1 for the head backward, and for the loss 3 float values a token. With sequence parallelism each of
+them becomes a reduce_scatter of B*T*D on the one way and an all_gather of B*T*D/tp on the other. All of it is waited
+for: it pays only where links are fast and D is large.
 
 Paper: Megatron-LM (arXiv 1909.08053).
 Legend: B batch, T tokens, D width, V vocabulary, Vr the rank's part of it.
@@ -31,11 +41,13 @@ Legend: B batch, T tokens, D width, V vocabulary, Vr the rank's part of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import all_gather, all_reduce_max, copy_to, reduce_from
+from ..collectives import all_gather, all_reduce_max, copy_to, gather_from, reduce_from, scatter_to
 from ..layout import split
 from ..mesh import Axis
 from ..model.gpt import GPT, IGNORE, at_least_float32
@@ -45,8 +57,11 @@ PLAN = {
     ("embed", "head", "q", "k", "v", "gate", "up"): 0,  # outputs: a Linear's weight is [out, in]
     ("o", "down"): 1,  # inputs
 }
-# Norms that are held whole but see only this rank's heads: their gradients are partial and must be summed.
-PARTIAL = ("q_norm", "k_norm")
+# Norms are held whole. Those that see only this rank's heads, and with sequence parallelism those that see only its
+# tokens, have partial gradients that must be summed.
+HEAD_NORMS = ("q_norm", "k_norm")
+TOKEN_NORMS = ("attention_norm", "mlp_norm", "norm")
+TOKENS = 1  # the dim of the hidden states [B, T, D] that sequence parallelism cuts
 
 
 def sharded_dim(name: str) -> int | None:
@@ -55,20 +70,28 @@ def sharded_dim(name: str) -> int | None:
     return next((dim for modules, dim in PLAN.items() if module in modules), None)
 
 
-def is_partial(name: str) -> bool:
+def is_partial(name: str, sequence_parallel: bool = False) -> bool:
     """Whether each tp rank computes only a part of this whole parameter's gradient."""
-    return name.split(".")[-2] in PARTIAL
+    return name.split(".")[-2] in (HEAD_NORMS + TOKEN_NORMS if sequence_parallel else HEAD_NORMS)
 
 
-def tensor_parallel(model: GPT, axis: Axis) -> None:
+def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> None:
     """Cut the model's weights in place and add the exchanges; parameter names stay.
 
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
         axis: its size must divide heads, key-value heads and the MLP's inner width (`config.layout_problems`).
+        sequence_parallel: hidden states between the layers are [B, T/tp, D]; tp must divide T.
     """
     if axis.size == 1:
         return
+
+    def enter(x: Tensor) -> Tensor:
+        return gather_from(x, axis, TOKENS) if sequence_parallel else copy_to(x, axis)
+
+    def leave(x: Tensor) -> Tensor:
+        return scatter_to(x, axis, TOKENS) if sequence_parallel else reduce_from(x, axis)
+
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
         dim = sharded_dim(name)
         if dim is not None:
@@ -78,30 +101,31 @@ def tensor_parallel(model: GPT, axis: Axis) -> None:
             module.weight = nn.Parameter(part, requires_grad=weight.requires_grad)
     for block in model.layers.values():
         for pair in (block.get_submodule("attention"), block.get_submodule("mlp")):
-            pair.register_forward_pre_hook(lambda _, inputs: (copy_to(inputs[0], axis), *inputs[1:]))
-            pair.register_forward_hook(lambda _, inputs, output: reduce_from(output, axis))
+            pair.register_forward_pre_hook(lambda _, inputs: (enter(inputs[0]), *inputs[1:]))
+            pair.register_forward_hook(lambda _, inputs, output: leave(output))
     vocabulary = split(model.config.vocab_size, axis.size)[axis.index]
     if model.embed is not None:
-        model.register_module("embed", VocabParallelEmbedding(model.embed.get_parameter("weight"), vocabulary, axis))
-    if model.head is not None:
-        model.head.register_forward_pre_hook(lambda _, inputs: (copy_to(inputs[0], axis),))
+        model.register_module("embed", VocabParallelEmbedding(model.embed.get_parameter("weight"), vocabulary, leave))
+    if model.norm is not None:
+        # the entry of the head, behind the norm: whatever takes the loss apart finds all tokens
+        model.norm.register_forward_hook(lambda _, inputs, output: enter(output))
         model.cross_entropy = lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, vocabulary, axis)
     model.tie()
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows [start, stop) of an embedding; tokens that belong to other ranks give zeros before the sum."""
+    """Rows [start, stop) of an embedding; tokens that belong to other ranks give zeros before the sum in `leave`."""
 
-    def __init__(self, weight: nn.Parameter, vocabulary: tuple[int, int], axis: Axis) -> None:
+    def __init__(self, weight: nn.Parameter, vocabulary: tuple[int, int], leave: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.weight = weight  # [Vr, D]
-        self.vocabulary, self.axis = vocabulary, axis
+        self.vocabulary, self.leave = vocabulary, leave
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, T] int64 -> [B, T, D], whole on every rank."""
+        """Tokens [B, T] int64 -> [B, T, D], whole on every rank; [B, T/tp, D] with sequence parallelism."""
         local, mine = _local(tokens, self.vocabulary)
         rows = F.embedding(local, self.weight).masked_fill(~mine[..., None], 0.0)  # [B, T, D]
-        return reduce_from(rows, self.axis)
+        return self.leave(rows)
 
 
 def _local(tokens: Tensor, vocabulary: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -81,12 +81,13 @@ class ShardedGradients:
             "told": in every one, when `start_of` is called, one bucket a group (ZeRO 3).
         rows: as `cut` has it.
         bucket_bytes: size at which a bucket is closed.
-        copies: the ranks that own the same rows in other groups (HSDP): once a step the rows are summed over them too.
+        copies: axes of ranks that own the same rows (other groups in HSDP, context parallelism): the rows are summed
+            over each of them, once a step.
     """
 
     def __init__(
         self, groups: Sequence[Sequence[nn.Parameter]], axis: Axis, *, start: str,
-        rows: Mapping[nn.Parameter, int] | None = None, bucket_bytes: float = 25 * 2**20, copies: Axis | None = None,
+        rows: Mapping[nn.Parameter, int] | None = None, bucket_bytes: float = 25 * 2**20, copies: Sequence[Axis] = (),
     ) -> None:  # fmt: skip
         self.axis, self.when, self.armed, self.rows = axis, start, False, rows or {}
         self.copies = copies
@@ -184,8 +185,8 @@ class ShardedGradients:
                 self._start(each)
         while self._under_way:
             self._finish_oldest()
-        if self.copies is not None:
-            for work in [all_reduce_async(each.shard, self.copies) for each in self.buckets]:
+        for axis in self.copies:
+            for work in [all_reduce_async(each.shard, axis) for each in self.buckets]:
                 work.wait()
         for each in self.buckets:
             if not all(each.seen):  # only a rank that misses a gradient looks whether another has it: reading waits

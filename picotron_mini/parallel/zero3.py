@@ -32,7 +32,7 @@ Papers: ZeRO (arXiv 1910.02054), PyTorch FSDP (arXiv 2304.11277). PyTorch's own:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from ..collectives import Work, all_gather_async
 from ..mesh import Axis
+from ..model.gpt import GPT
 from .rows import Cut, alike, cut
 from .uses import Use
 from .zero import ShardedGradients
@@ -87,7 +88,7 @@ class ShardedWeights:
 
     def __init__(
         self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None,
-        copies: Axis | None = None,
+        copies: Sequence[Axis] = (),
     ) -> None:  # fmt: skip
         self.axis = axis
         self._own: dict[nn.Parameter, Tensor] = {}
@@ -217,6 +218,24 @@ class ShardedWeights:
         finally:
             for unit in self.units:
                 self._free(unit)
+
+
+class _HeadWithLoss(nn.Module):
+    def __init__(self, head: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head, self.loss = head, loss
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(hidden, targets)
+
+
+def head_with_loss(model: GPT) -> nn.Module | None:
+    """The head as a unit, in place: `model.loss` calls it, and may call the head itself many times (in chunks)."""
+    if model.head is None:
+        return None
+    unit = _HeadWithLoss(model.head, model.loss)
+    model.loss = lambda hidden, targets: unit(hidden, targets)  # type: ignore[method-assign]
+    return unit
 
 
 def _sharing(modules: Sequence[nn.Module]) -> list[tuple[list[nn.Parameter], list[int]]]:

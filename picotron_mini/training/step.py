@@ -4,7 +4,7 @@
     -> global norm -> clip -> optimizer -> round masters into weights
 
 Gradient accumulation is the pipeline's schedule with one stage. Two small exchanges go with each step: the number of
-target tokens over dp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
+targets over dp and cp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..collectives import all_reduce
 from ..data.loader import Batch
-from ..mesh import coordinates
 from ..model.gpt import IGNORE
+from ..parallel.chunks import context_slice
 from ..parallel.data import GradientBuckets
 from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
@@ -42,15 +42,16 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     """Fill `parallel.gradients` with the gradient of the mean loss over the *global* batch.
 
     Args:
-        micro_batches: this data rank's share, on its device.
+        micro_batches: this data rank's share, on its device, in whole sequences; this rank's part of each is cut here.
 
     Returns:
-        The summed loss of this data rank (0 except on the last stage) divided by the global number of targets, and
-        that number; both scalars on the device.
+        The summed loss of this rank's tokens (0 except on the last stage) divided by the global number of targets,
+        and that number; both scalars on the device.
     """
     train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
+    micro_batches = [context_slice(batch, mesh["cp"], train.context) for batch in micro_batches]
     targets = sum((batch.targets != IGNORE).sum() for batch in micro_batches)
-    tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp"])
+    tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp_cp"])
 
     def forward(m: int, hidden: Tensor | None) -> Tensor:
         batch = micro_batches[m]
@@ -66,7 +67,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         forward=forward,
         axis=pp,
         gradient_axis=mesh["pp.backward"],
-        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
         before_last_backward=gradients.arm,
@@ -85,8 +86,7 @@ def gradients_of(parallel: Parallel) -> dict[str, Tensor]:
 
 def squared_norm(parallel: Parallel, gradients: dict[str, Tensor]) -> Tensor:
     """This rank's share of the squared global norm, float64: each element counts on one rank only."""
-    index = coordinates(parallel.mesh.shape, parallel.mesh.rank)
-    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(index)]
+    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(parallel.index)]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=parallel.device)
     return torch.nn.utils.get_total_norm(counted).double() ** 2
@@ -144,6 +144,7 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         stop: this rank was asked to stop; the third value says whether any was.
     """
     train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
+    batches = [context_slice(batch, mesh["cp"], train.context) for batch in batches]
 
     def forward(m: int, hidden: Tensor | None) -> Tensor:
         batch = batches[m]
@@ -155,7 +156,7 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         len(batches),
         forward=forward,
         axis=mesh["pp"],
-        shape=(train.micro_batch_size, train.seq_len, parallel.run.model.hidden_size),
+        shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
     ).double()

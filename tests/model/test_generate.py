@@ -1,13 +1,14 @@
 """Generation: the cache changes the work, not the text."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from picotron_mini.config import ConfigError, ModelConfig
-from picotron_mini.model.generate import KeyValueCache, generate, sample, stream
+from picotron_mini.model.generate import KeyValueCache, generate, next_logits, sample, stream
 from picotron_mini.model.gpt import GPT, init_weights
 
 CONFIG = ModelConfig(
@@ -72,12 +73,12 @@ def test_text_depends_on_the_seed_alone(model: GPT) -> None:
 
 def test_stream_gives_each_token_as_it_comes(model: GPT) -> None:
     prompt = torch.randint(29, (2, 4))
-    pieces = list(stream(model, prompt, 6, seed=3))
+    pieces = list(stream(partial(next_logits, model), prompt, 6, seed=3))
     assert [piece.shape for piece in pieces] == [(2,)] * 6
     assert torch.stack(pieces, dim=1).tolist() == generate(model, prompt, 6, seed=3)[:, 4:].tolist()
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    next(stream(model, prompt, 6))
+    next(stream(partial(next_logits, model), prompt, 6))
     assert len(calls) == 1
 
 

@@ -70,7 +70,11 @@ def test_bf16_logits_give_a_float32_loss() -> None:
 def embed_and_gather(table: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     axis = Mesh.build(MeshShape(tp=2))["tp"]
     start, stop = (0, 4) if axis.index == 0 else (4, 7)
-    embed = VocabParallelEmbedding(torch.nn.Parameter(table[start:stop].clone()), (start, stop), axis)
+
+    def leave(x: torch.Tensor) -> torch.Tensor:
+        return collectives.reduce_from(x, axis)
+
+    embed = VocabParallelEmbedding(torch.nn.Parameter(table[start:stop].clone()), (start, stop), leave)
     out = embed(tokens)
     out.square().sum().backward()
     assert embed.weight.grad is not None
@@ -92,25 +96,27 @@ def test_embedding_over_a_split_vocabulary_and_gathered_logits() -> None:
     assert torch.equal(torch.cat([grad for _, grad, _ in results]), whole.grad)
 
 
-def one_block(compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+def one_block(compiled: bool, sequence_parallel: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     config = replace(MODEL, num_layers=1)
     mesh = Mesh.build(MeshShape(tp=2))
     model = GPT(config).double()
     init_weights(model, 0)
-    tensor_parallel(model, mesh["tp"])
+    tensor_parallel(model, mesh["tp"], sequence_parallel)
     if compiled:
         for block in model.layers.values():
             block.compile(fullgraph=True, backend="aot_eager")
     tokens = torch.arange(12).view(2, 6)
     with collectives.ledger.recording() as sent:
-        hidden = model(tokens)
+        hidden = model(tokens, torch.arange(6).expand(2, 6))
         model.loss(hidden, tokens).backward()
     return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sum(sent.values())
 
 
 @pytest.mark.slow
-def test_a_compiled_block_computes_and_sends_the_same() -> None:
-    for eager, compiled in zip(*(launch(one_block, c, world_size=2) for c in (False, True)), strict=True):
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_compiled_block_computes_and_sends_the_same(sequence_parallel: bool) -> None:
+    both = [launch(one_block, compiled, sequence_parallel, world_size=2) for compiled in (False, True)]
+    for eager, compiled in zip(*both, strict=True):
         assert torch.allclose(eager[0], compiled[0], rtol=0, atol=1e-12)
         assert eager[1].keys() == compiled[1].keys() and len(eager[1]) == 11
         for name in eager[1]:

@@ -49,18 +49,20 @@ def resolved(layout: str, model: ModelConfig = MODEL, **train: object) -> RunCon
 
 def test_a_later_cut_is_inside_an_earlier_one() -> None:
     place = Placement((10, 3), (0,), (Shard("tp", 0, split(10, 2)), Shard("dp", 0, split(5, 2))))
-    parts = {(tp, dp): place.slices({"pp": 0, "dp": dp, "tp": tp})[0] for tp in range(2) for dp in range(2)}
+    parts = {(tp, dp): place.slices({"pp": 0, "dp": dp, "cp": 0, "tp": tp})[0] for tp in range(2) for dp in range(2)}
     assert parts == {(0, 0): slice(0, 3), (0, 1): slice(3, 5), (1, 0): slice(5, 8), (1, 1): slice(8, 10)}
-    assert place.without("dp").slices({"pp": 0, "dp": 1, "tp": 1})[0] == slice(5, 10)
-    assert place.padded_size("dp", {"pp": 0, "dp": 1, "tp": 1}) == 9
+    assert place.without("dp").slices({"pp": 0, "dp": 1, "cp": 0, "tp": 1})[0] == slice(5, 10)
+    assert place.padded_size("dp", {"pp": 0, "dp": 1, "cp": 0, "tp": 1}) == 9
 
 
 def test_a_shorter_part_ends_where_it_ends() -> None:
     # 9 over tp=2 is 5 and 4; each over dp=4 as 5 is: 2, 2, 1, 0
     place = Placement((9,), (0,), (Shard("tp", 0, split(9, 2)), Shard("dp", 0, split(5, 4))))
-    lengths = [[place.local_size({"pp": 0, "dp": dp, "tp": tp}) for dp in range(4)] for tp in range(2)]
+    lengths = [[place.local_size({"pp": 0, "dp": dp, "cp": 0, "tp": tp}) for dp in range(4)] for tp in range(2)]
     assert lengths == [[2, 2, 1, 0], [2, 2, 0, 0]]
-    assert {place.padded_size("dp", {"pp": 0, "dp": dp, "tp": tp}) for dp in range(4) for tp in range(2)} == {2}
+    assert {place.padded_size("dp", {"pp": 0, "dp": dp, "cp": 0, "tp": tp}) for dp in range(4) for tp in range(2)} == {
+        2
+    }
 
 
 @pytest.mark.parametrize("group", [0, 2])
@@ -70,7 +72,7 @@ def test_every_element_has_one_owner_a_group(layout: str, tied: bool, group: int
     mesh = MeshShape.parse(layout)
     model = replace(MODEL, tie_embeddings=tied, head_dim=4, qk_norm=True)
     groups = mesh.dp // group if group else 1
-    for name, place in layout_of(model, mesh, 8, zero=3, zero_group=group).items():
+    for name, place in layout_of(resolved(layout, model, zero=3, zero_group=group)).items():
         assert [shard.axis for shard in place.shards][-1] == "dp"
         held_by, counted = torch.zeros(place.shape), torch.zeros(place.shape)
         for index in (coordinates(mesh, rank) for rank in range(mesh.world_size)):
@@ -85,7 +87,7 @@ def test_every_element_has_one_owner_a_group(layout: str, tied: bool, group: int
 
 def test_the_report_draws_the_same_rows() -> None:
     mesh = MeshShape(dp=4, tp=2)
-    for name, place in layout_of(replace(MODEL, head_dim=4), mesh, 8, zero=1).items():
+    for name, place in layout_of(resolved("dp=4,tp=2", zero=1)).items():
         plain = {
             "stages": place.stages,
             "shape": place.shape,
@@ -145,7 +147,7 @@ EVEN = replace(MODEL, vocab_size=36)
 
 def predicted(layout: str, model: ModelConfig = EVEN, **train: object) -> dict[tuple[str, str], int]:
     run = resolved(layout, model, **train)
-    places = layout_of(run.model, run.mesh, 8, run.train.zero, run.train.zero_group)
+    places = layout_of(run)
     return dict(predict_step(run, places, coordinates(run.mesh, 0)))
 
 
@@ -564,7 +566,7 @@ def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str, group: int) 
     ]
     for rank, results in enumerate(ranks(kept, runs, world_size=runs[0].mesh.world_size)):
         for run, (weights, total) in zip(runs, results, strict=True):
-            places = layout_of(run.model, run.mesh, 8, run.train.zero, run.train.zero_group)
+            places = layout_of(run)
             want = footprint(run, places, coordinates(run.mesh, rank))
             assert (weights, total) == (want.weights + want.masters, want.total), f"rank {rank}: {run.train}"
 
@@ -576,7 +578,7 @@ def test_what_sharding_saves() -> None:
     a_parameter = []
     for stage in range(4):
         run = resolved("dp=64", model, zero=stage, dtype="bfloat16")
-        kept = footprint(run, layout_of(run.model, run.mesh, 8, stage), coordinates(run.mesh, 0))
+        kept = footprint(run, layout_of(run), coordinates(run.mesh, 0))
         a_parameter.append(round(kept.total / elements, 2))
     assert a_parameter == [18.0, 6 + 16 / 64, 2 + 16 / 64, round(18 / 64, 2)]
 

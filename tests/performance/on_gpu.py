@@ -39,7 +39,8 @@ def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: ob
         print(f"{what}: out of memory", flush=True)
         return {"what": "bench", "layout": layout, **sizes, **train, "out_of_memory": True}
     print(
-        f"{what}: {result['tokens_per_second_per_rank']:,.0f} tokens/s per GPU, MFU {100 * (result['mfu'] or 0):.1f} %, "
+        f"{what}: {result['tokens_per_second_per_rank']:,.0f} tokens/s per GPU, "
+        f"MFU {100 * (result['mfu'] or 0):.1f} %, "
         f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB, "
         f"8192^3 product {result['matmul_tflops']:.0f} TFLOP/s",
         flush=True,

@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from picotron_mini.course.site import chapters
+from picotron_mini.course.site.chapters import chapters
 
 ROOT = Path(__file__).parents[2]
 STEMS = chapters(ROOT)

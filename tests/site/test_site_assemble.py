@@ -9,9 +9,10 @@ import pytest
 from nbformat import v4
 
 from picotron_mini.config import UserError
-from picotron_mini.course.mathml import formula, render
-from picotron_mini.course.notebook import fenced, to_markdown
-from picotron_mini.course.site import assemble, chapters
+from picotron_mini.course.site.assemble import assemble
+from picotron_mini.course.site.chapters import chapters
+from picotron_mini.course.site.mathml import formula, render
+from picotron_mini.course.site.notebook import fenced, to_markdown
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><circle r="9"/></svg>'
 
@@ -73,9 +74,10 @@ def test_links_turn_with_the_files(repository: Path, tmp_path: Path) -> None:
 def test_pages_of_a_chapter_know_each_other(repository: Path, tmp_path: Path) -> None:
     docs = tmp_path / "out"
     assemble(repository, docs)
-    assert (docs / "summary/00_ring.md").read_text().splitlines()[2] == (
-        "[Lesson](../lessons/00_ring.md) · **Write-up** · [Questions](../interview_questions/00_ring.md)"
-    )
+    assert (
+        "# Ring\n\n[Lesson](../lessons/00_ring.md) · **Write-up** · [Questions](../interview_questions/00_ring.md)\n"
+    ) in (docs / "summary/00_ring.md").read_text()
+    assert "[All chapters' questions](index.md)" in (docs / "interview_questions/00_ring.md").read_text()
     module = (docs / "api/ring.md").read_text()
     assert "Taught in [00 ring](../lessons/00_ring.md)." in module and "::: picotron_mini.ring" in module
     assert "| [ring](ring.md) | A ring. |" in (docs / "api/index.md").read_text()
