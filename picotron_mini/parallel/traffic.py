@@ -16,7 +16,8 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
             all_reduce      also 2 D g a layer and D g for the last     norms that see a part of the tokens
     pp      send          m a from all but the last stage       activations (m a / tp with sequence parallelism)
             send          m a from all but the first            their gradients
-            send          g elements, from both ends            a tied embedding
+                          with virtual stages, both for each border of each chunk where the other side is elsewhere
+            send          g elements, from both ends            a tied embedding, if the ends are on two stages
     world   all_reduce    24                                    loss, squared norm, stop
 
 A backward exchange happens only if a gradient flows there: below the first trained parameter none does.
@@ -29,6 +30,7 @@ from collections.abc import Mapping
 
 from ..config import RunConfig
 from ..layout import Layout
+from .actions import route_of
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 Traffic = Counter[tuple[str, str]]  # (axis, operation) -> bytes
@@ -48,7 +50,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     wide = max(itemsize, 4)
     tokens = train.micro_batch_size * train.seq_len
     hidden = tokens * run.model.hidden_size * itemsize
-    first, last = index["pp"] == 0, index["pp"] == mesh.pp - 1
+    first, last = index["pp"] == layout["embed.weight"].stages[0], layout["norm.weight"].holds(index)
 
     out: Traffic = Counter()
     if mesh.dp > 1:
@@ -66,11 +68,19 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
         out["tp", "all_reduce"] += wide * sum(n for name, n in trained.items() if "tp" in mine[name].sum_axes)
     if mesh.pp > 1:
         border = hidden // mesh.tp if train.sequence_parallel else hidden
-        out["pp", "send"] += train.micro_batches * border * ((not last) + (not first))
+        out["pp", "send"] += train.micro_batches * border * _borders(run, index["pp"])
         out["pp", "send"] += wide * sum(n for name, n in trained.items() if "pp" in mine[name].sum_axes)
     if mesh.world_size > 1:
         out["world", "all_reduce"] += 24
     return +out  # without zeros
+
+
+def _borders(run: RunConfig, stage: int) -> int:
+    """How many neighbours on other stages the chunks of a stage have: each is sent one message a micro-batch."""
+    route = route_of(run.train.schedule, run.mesh.pp, run.train.chunks)
+    mine = [route.position(stage, chunk) for chunk in range(route.chunks)]
+    others = [other for n in mine for other in (n - 1, n + 1) if 0 <= other < route.length]
+    return sum(route.stage(other) != stage for other in others)
 
 
 def _with_gradient(names: list[str], trained: set[str], first: bool, last: bool) -> tuple[int, int]:
@@ -84,7 +94,11 @@ def _with_gradient(names: list[str], trained: set[str], first: bool, last: bool)
     """
     flows = not first  # the input of a later stage always gets a gradient
     entries, exits = 0, int(first and "embed.weight" in trained)
+    above = 0
     for name in names:
+        if name.startswith("layers."):  # so does that of a later chunk: layers between are elsewhere
+            layer = int(name.split(".")[1])
+            flows, above = flows or layer > above, layer + 1
         if name.endswith(("attention.q.weight", "mlp.gate.weight")):
             pair = name.rsplit(".", 2)[0] + "."
             entries += flows
