@@ -84,7 +84,7 @@ class Route:
         return self.stages - 1 - offset if self.turns and chunk % 2 else offset
 
     def needs(self, stage: int, action: Action) -> Message | None:
-        """The message that an action starts from; None where it starts from tokens, the loss or its own stage's work."""
+        """The message that an action starts from; None where that is tokens, the loss or what its stage has kept."""
         position = self.position(stage, action.chunk)
         if action.kind == "forward":
             return Message("forward", position - 1, action.micro_batch) if position > 0 else None

@@ -37,8 +37,8 @@ def load_parallel(
         config, state: of the whole model, as `load_hf` gives them.
     """
     everything = ("",)  # every name begins so: nothing is trained, and there are no gradient buffers
-    one_chunk = "1f1b"  # a line of stages, whatever the run was trained with
-    train = replace(run.train, freeze=everything, sequence_parallel=False, schedule=one_chunk)
+    # a line of stages, whatever the run was trained with
+    train = replace(run.train, freeze=everything, sequence_parallel=False, schedule="1f1b")
     parallel = parallelize(replace(run, model=config, train=train), mesh, device)
     index = parallel.index
     with torch.no_grad():

@@ -38,7 +38,7 @@ class Parallel:
     run: RunConfig
     mesh: Mesh
     layout: Layout
-    chunks: tuple[GPT, ...]  # this stage's runs of layers, one but for schedules with virtual stages; this rank's slices
+    chunks: tuple[GPT, ...]  # this stage's runs of layers, one or (with virtual stages) more; this rank's slices
     parameters: dict[str, nn.Parameter]  # by global name
     masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters
     gradients: GradientBuckets

@@ -20,7 +20,7 @@ a backward may come in two halves (`deferred.py`): I sends h.grad, W computes th
 Sends and receives run beside the computation. Four rules keep them from waiting for each other for ever:
 
 - What travels down the stages and what travels up have a process group each. They meet between two stages, and NCCL
-  runs the messages of a group in order: in one group, a send that nobody receives yet would block the receive behind it.
+  runs the messages of a group in order: in one group, a send that nobody receives yet would block the receive behind.
 - Every stage receives in the order in which its neighbour sends, so no message carries a label. On a line of stages
   that is everyone's own order; else the order is made once, from the schedule (`receives.py`).
 - A gradient always travels back, even zeros from a stage whose output does not depend on its input, and even to

@@ -5,7 +5,9 @@ forward and backward. Smaller stages make a shorter way. So the model is cut int
 with p = 2 and v = 2, stage 0 holds parts 0 and 2, stage 1 parts 1 and 3, and each micro-batch goes round twice. Two
 stages, four micro-batches; F0' is the second chunk's forward, and a chunk takes half the time of a whole stage:
 
-{drawing}
+    stage 0  F0  F1  F0' F1' F2  ... B0'==== F3  B1'==== F2' B0===== F3' B1===== ... B2'==== ... B3'==== B2===== B3=====
+    stage 1  ... F0  F1  F0' B0'==== F1' B1'==== F2  B0===== F3  B1===== F2' B2'==== F3' B3'==== B2===== B3===== ... ...
+
 Order. Micro-batches go in groups of p: a group passes chunk 0, then chunk 1, ..., then the next group comes; backwards
 take the chunks from the last to the first. A stage runs 2 (p - 1 - stage) + (v - 1) p forwards ahead, then alternates
 like 1F1B. A group fills the ring exactly, so m must be a multiple of p.

@@ -6,7 +6,7 @@ several of the `p` stages can be busy at once. What remains to choose is the ord
     schedule(stage, stages, micro_batches) -> list[Action]        Action = (forward | backward, micro-batch)
 
 and nothing else: no process, no tensor. `pipeline.py` executes any such list and `simulate` puts it on a clock.
-The two schedules of this file, 4 stages and 4 micro-batches, a backward costing as much as two forwards (`.` is waiting):
+The two of this file, 4 stages and 4 micro-batches, a backward costing as much as two forwards (`.` is waiting):
 
     afab, all forward and then all backward (GPipe, arXiv 1811.06965)
     stage 0  F0 F1 F2 F3 .. .. .. .. .. .. .. .. .. B0=== B1=== B2=== B3===

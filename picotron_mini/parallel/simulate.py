@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from ..config import ConfigError
-from .actions import Action, Kind, Message, Route, Schedule
+from .actions import LETTERS, Action, Kind, Message, Route, Schedule
 
 Cost = float | Sequence[float]
 
@@ -95,8 +95,9 @@ def simulate(
     }
     lists = [schedule(stage, stages, micro_batches) for stage in range(stages)]
     for stage, actions in enumerate(lists):
-        if problem := _not_once(actions, micro_batches, route.chunks):
-            raise ValueError(f"stage {stage} must run every action once{problem}, and runs {' '.join(map(str, actions))}")
+        if not _each_once(actions, micro_batches, route.chunks):
+            where = "" if route.chunks == 1 else f" in each of {route.chunks} chunks"
+            raise ValueError(f"stage {stage} must run every action once{where}, and runs {' '.join(map(str, actions))}")
     return run_clock(lists, route, costs, send_cost)
 
 
@@ -148,18 +149,12 @@ def _ready(
     return 0.0 if message is None else arrived.get(message)
 
 
-def _not_once(actions: Sequence[Action], micro_batches: int, chunks: int) -> str | None:
-    """What is wrong unless each chunk runs each micro-batch's F once and its B once, or its I and W; None if it does."""
-    wanted = [(m, chunk) for m in range(micro_batches) for chunk in range(chunks)]
-    found = {kind: Counter((a.micro_batch, a.chunk) for a in actions if a.kind == kind) for kind in _KINDS}
-    whole, split = found["backward"], found["backward_input"]
-    fine = (
-        found["forward"] == Counter(wanted) and whole + split == Counter(wanted) and split == found["backward_weight"]
-    )
-    return None if fine else "" if chunks == 1 else f" in each of {chunks} chunks"
-
-
-_KINDS: tuple[Kind, ...] = ("forward", "backward", "backward_input", "backward_weight")
+def _each_once(actions: Sequence[Action], micro_batches: int, chunks: int) -> bool:
+    """Whether each chunk runs each micro-batch's F once, and its B once or its I and W."""
+    wanted = Counter((m, chunk) for m in range(micro_batches) for chunk in range(chunks))
+    found = {kind: Counter((a.micro_batch, a.chunk) for a in actions if a.kind == kind) for kind in LETTERS}
+    split = found["backward_input"]
+    return found["forward"] == found["backward"] + split == wanted and split == found["backward_weight"]
 
 
 def _per_stage(cost: Cost, stages: int) -> list[float]:
@@ -182,8 +177,8 @@ def draw(timeline: Timeline) -> str:
         for event in [e for e in timeline.events if e.stage == stage]:
             start, end = round(event.start / column), round(event.end / column)
             cells += ["." * (width - 1)] * (start - now)
-            cells.append(str(event.action).ljust(width * (end - start) - 1, "="))
+            cells.append(str(event.action).ljust(width * (end - start) - 1, "=" if end - start > 1 else " "))
             now = end
         cells += ["." * (width - 1)] * (round(timeline.total / column) - now)
-        lines.append(f"stage {stage}  " + " ".join(cells))
+        lines.append(f"stage {stage}  " + " ".join(cells).rstrip())
     return "\n".join(lines)
