@@ -14,9 +14,9 @@ from picotron_mini.config import MeshShape
 from picotron_mini.launch import RankError, launch
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.parallel import pipeline
-from picotron_mini.parallel.pipeline import run_forward, run_pipeline
 from picotron_mini.parallel.actions import Route, route_of
 from picotron_mini.parallel.deferred import Deferred
+from picotron_mini.parallel.pipeline import run_forward, run_pipeline
 from picotron_mini.parallel.receives import receives_in_one_order, receives_in_own_order
 from picotron_mini.parallel.schedules import SCHEDULES, Action, balance, find_schedule
 

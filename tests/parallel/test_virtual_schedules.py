@@ -238,7 +238,7 @@ def test_both_sides_of_every_pair_agree_on_the_order_of_their_messages(name: str
                 source, to = route.ends(message)
                 assert stage == (source if side == "s" else to)
                 pairs[side, source, to, down].append(message)
-        for side, source, to, down in list(pairs):
+        for _, source, to, down in list(pairs):
             assert pairs["s", source, to, down] == pairs["r", source, to, down]
         sent = sum(len(messages) for (side, *_), messages in pairs.items() if side == "s")
         borders = sum(route.stage(v) != route.stage(v + 1) for v in range(route.length - 1))
