@@ -1,4 +1,4 @@
-"""Schedules with virtual stages and split backwards, as a run has them: settings, places, bytes, and parity on ranks."""
+"""Virtual stages and split backwards, as a run has them: settings, places, bytes, and parity on ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def resolved(layout: str, schedule: str, model: ModelConfig = MODEL, **train: An
         ("pp=3", {"schedule": "interleaved", "micro_batches": 4},
          "schedule=interleaved runs micro-batches in groups of pp=3, and micro_batches=4 is no multiple of it; "
          "it could be 3 or 6"),
-        ("pp=4", {"schedule": "interleaved", "micro_batches": 1}, "micro_batches=1 is no multiple of it; it could be 4"),
+        ("pp=4", {"schedule": "interleaved", "micro_batches": 1},
+         "micro_batches=1 is no multiple of it; it could be 4"),
         ("pp=5", {"schedule": "zb-v"},
          "schedule=zb-v cuts the model into 2 * pp=5 parts, more than num_layers=9; use pp<=4"),
         ("pp=2", {"schedule": "interleaved", "virtual_stages": 5, "micro_batches": 4},
@@ -155,7 +156,8 @@ def tied_once() -> tuple[int, bool, bool]:
     assert parallel.deferred is not None
     with pytest.raises(ValueError):
         _ = parallel.model
-    return len(parallel.chunks), ends, ends and last.head.weight is first.embed.weight is parallel.parameters["embed.weight"]  # type: ignore[union-attr] # fmt: skip
+    one = parallel.parameters.get("embed.weight")
+    return len(parallel.chunks), ends, ends and last.head.weight is first.embed.weight is one  # type: ignore[union-attr]
 
 
 def test_a_v_ties_embedding_and_head_on_its_first_stage() -> None:
@@ -271,7 +273,8 @@ def test_parity_with_all_else(layout: str, schedule: str, train: dict[str, Any],
 @pytest.mark.slow
 def test_narrow_dtypes() -> None:
     for schedule in ("zb-v", "interleaved"):
-        report = verify("dp=2,pp=2", MODEL, replace(TRAIN, steps=2, dtype="bfloat16", micro_batches=2, schedule=schedule))  # type: ignore[arg-type] # fmt: skip
+        train = replace(TRAIN, steps=2, dtype="bfloat16", micro_batches=2, schedule=schedule)  # type: ignore[arg-type]
+        report = verify("dp=2,pp=2", MODEL, train)
         assert report.ok and report.max_rel_err > 1e-9, report.to_dict()
 
 
