@@ -147,6 +147,8 @@ class TrainConfig:
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
     document_mask: bool = False  # a token attends inside its own document only
+    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
+    loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
 
     @property
@@ -251,8 +253,10 @@ def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -
             f"{name} runs micro-batches in groups of pp={mesh.pp}, and micro_batches={train.micro_batches} is no "
             f"multiple of it; it could be {fits}"
         )
-    if train.schedule in ("zb-h1", "zb-v") and train.compile:
-        found.append(f"{name} splits each backward in two, and a compiled block has one; use compile=False")
+    if train.schedule in ("zb-h1", "zb-v"):
+        for setting, off in (("compile", False), ("recompute", "none"), ("loss_chunks", 1)):
+            if (value := getattr(train, setting)) != off:
+                found.append(f"{name} splits each backward, and {setting}={value} makes it one; use {setting}={off}")
     return found
 
 
@@ -308,9 +312,16 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     if train.sequence_parallel and train.seq_len % mesh.tp:
         fits = _nearest(train.seq_len, list(range(mesh.tp, train.seq_len + mesh.tp, mesh.tp)))
         found.append(f"sequence_parallel: tp={mesh.tp} does not divide seq_len={train.seq_len}; it could be {fits}")
-    for name, least in (("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0)):
+    for name, least in (
+        ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
+    ):  # fmt: skip
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")
+    if train.recompute == "selective" and train.compile:
+        found.append(
+            "recompute=selective does not go with compile: a compiled layer already computes its elementwise steps "
+            "again; use recompute=full or recompute=none"
+        )
     for name in ("lr", "bucket_mb"):
         if not 0 < getattr(train, name) < float("inf"):
             found.append(f"{name}={getattr(train, name)} must be a number above 0")

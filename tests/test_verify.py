@@ -86,6 +86,13 @@ VARIANTS: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
             ),
         },
     ),
+    "layers recomputed": ("dp=2,tp=2", {}, {"recompute": "full", "freeze": ("embed", "layers.0")}),
+    "layers recomputed, sequence parallel, loss in parts": (
+        "tp=2,pp=2",
+        {"tie_embeddings": False},
+        {"recompute": "full", "sequence_parallel": True, "loss_chunks": 5, "document_mask": True},
+    ),
+    "MLPs recomputed, tied head, loss in parts": ("tp=2,pp=2", {}, {"recompute": "selective", "loss_chunks": 3}),
     "vocabulary that leaves a short last slice": ("tp=4,pp=2", {"vocab_size": 59}, {}),
 }
 

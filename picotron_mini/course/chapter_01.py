@@ -28,6 +28,12 @@ CONFIGS = [
 ]
 
 
+def _short(config: ModelConfig) -> str:
+    sizes = {"V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size, "L": config.num_layers}
+    sizes |= {"H": config.num_heads, "Hkv": config.num_kv_heads, "Dh": config.head_dim}
+    return ", ".join(f"{name}={size}" for name, size in sizes.items()) + ", tied" * config.tie_embeddings
+
+
 def _first_hint(got: Any, wrong: Wrong, cases: list[tuple[Any, ...]]) -> str | None:
     return next((hint for answer, hint in wrong.values() if got == [answer(*case) for case in cases]), None)
 
@@ -96,7 +102,7 @@ def _run_parameters(answer: Answer) -> str | None:
     if hint := _first_hint(got, _PARAMETERS, [(config,) for config in CONFIGS]):
         return hint
     at = next(i for i in range(len(got)) if got[i] != counted[i])
-    return f"{CONFIGS[at]} has {counted[at]:,} parameters, not {got[at]:,}"
+    return f"{_short(CONFIGS[at])} has {counted[at]:,} parameters, not {got[at]}"
 
 
 # --- 2: flops ---------------------------------------------------------------------------------------------
@@ -164,7 +170,7 @@ def _run_flops(answer: Answer) -> str | None:
     if hint := _first_hint(got, _FLOPS, cases):
         return hint
     at = next(i for i in range(len(got)) if got[i] != counted[i])
-    return f"with T={cases[at][1]}, {cases[at][0]} takes {counted[at]:,} flops, not {got[at]:,}"
+    return f"with T={cases[at][1]} and {_short(cases[at][0])} it takes {counted[at]:,} flops, not {got[at]}"
 
 
 def mistakes(wrong: Wrong) -> tuple[Mistake, ...]:

@@ -65,6 +65,10 @@ _FITS: dict[str, tuple[Answer, str]] = {
         "that is what lives when the forward ends; a moment later backward makes the gradient of the "
         "log-probabilities and that of the logits, V float32 numbers a token each",
     ),
+    "one gradient": (
+        _with(_state, lambda c: costs.activation_bytes(c, 2) + 4 * c.vocab_size),
+        "the gradients of the log-probabilities and of the logits live at once: V float32 numbers a token, twice",
+    ),
     "layers only": (
         _with(_state, lambda c: c.num_layers * costs.layer_activation_bytes(c, 2)),
         "the layers are not all: the loss keeps V numbers a token in float32, and its backward needs as many twice",
@@ -83,8 +87,8 @@ _SEQ_LEN = 16
 
 
 def _cases() -> list[tuple[ModelConfig, int, int]]:
-    """Memory for 5.3 and 9.8 sequences: a flag or a counter more does not decide."""
-    sizes = zip(_CONFIGS, (5.3, 9.8), strict=True)
+    """Memory for 12.3 and 9.8 sequences: a flag or a counter more does not decide."""
+    sizes = zip(_CONFIGS, (12.3, 9.8), strict=True)
     return [(c, _SEQ_LEN, int(_state(c) + sequences * _SEQ_LEN * _token(c))) for c, sequences in sizes]
 
 
@@ -102,8 +106,8 @@ def _run_largest(answer: Answer) -> str | None:
         if got == [wrong(*case) for case in cases]:
             return hint
     for (config, seq_len, memory), sequences in zip(cases, got, strict=True):
-        if sequences < 1:
-            return f"{memory:,} bytes are enough for one sequence at least, and the answer was {sequences}"
+        if not isinstance(sequences, int) or sequences < 1:
+            return f"sequences are whole, and {memory:,} bytes are enough for one at least; the answer was {sequences}"
         if (peak := _peak(config, seq_len, sequences)) > memory:
             return f"a real step with {sequences} sequences takes {peak:,} bytes at its worst moment, not {memory:,}"
         if (peak := _peak(config, seq_len, sequences + 1)) <= memory:

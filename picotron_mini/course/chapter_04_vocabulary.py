@@ -138,7 +138,9 @@ def _loss_values(answers: list[Answer], axis: Axis) -> list[list[tuple[Tensor, T
                 except Exception:
                     if sum(sent.values()) <= _budget(targets, logits):
                         raise
-                    loss = torch.tensor(torch.nan)  # what failed had left the budget already: say that
+                    loss = torch.tensor(
+                        torch.nan, dtype=logits.dtype
+                    )  # what failed had left the budget already: say that
             results.append((loss.detach(), mine.grad, sum(sent.values())))
         out.append(results)
     return out
@@ -149,7 +151,7 @@ def _run_split_loss(answer: Answer) -> str | None:
     problems = [_judge(rank, results) for rank, results in enumerate(got)]
     if not any(problems):
         return None
-    wrong = list(_LOSSES.values())[1:]
+    wrong = list(_LOSSES.values())[1:]  # without the one that gathers
     known = on_ranks(_loss_values, [mistake for mistake, _ in wrong], ranks=RANKS)
     for number, (_, hint) in enumerate(wrong):
         if all(_alike(mine, rank[number]) for mine, rank in zip(got, known, strict=True)):
@@ -176,10 +178,13 @@ def _judge(rank: int, results: list[tuple[Tensor, Tensor | None, int]]) -> str |
 
 
 def _alike(got: list[tuple[Tensor, Tensor | None, int]], known: list[tuple[Tensor, Tensor | None, int]]) -> bool:
-    return all(
-        torch.allclose(a, b, equal_nan=True) and (x is y is None or torch.allclose(x, y, equal_nan=True))  # type: ignore[arg-type]
-        for (a, x, _), (b, y, _) in zip(got, known, strict=True)
-    )
+    return all(_same(a, b) and _same(x, y) for (a, x, _), (b, y, _) in zip(got, known, strict=True))
+
+
+def _same(got: Tensor | None, known: Tensor | None) -> bool:
+    if got is None or known is None:
+        return got is known
+    return torch.allclose(got, known, equal_nan=True)
 
 
 EXERCISES = [

@@ -154,12 +154,12 @@ def _run_micro_batches(answer: Answer) -> str | None:
             return hint
     for (stages, percent), m in zip(_ASKED, got, strict=True):
         if not isinstance(m, int) or m < 1:
-            return f"for {stages} stages and {percent} % the answer is {m!r}; it must be an int of 1 or more"
+            return f"for pp={stages} and {percent} % the answer is {m!r}; it must be an int of 1 or more"
         idle = 100 * simulate(one_f_one_b, stages, m).bubble
         if idle > percent + 1e-9:
-            return f"{stages} stages with {m} micro-batches idle {idle:.1f} % of the time, more than {percent} %"
+            return f"pp={stages} with {m} micro-batches idles {idle:.1f} % of the time, more than {percent} %"
         if m > 1 and 100 * simulate(one_f_one_b, stages, m - 1).bubble < percent + 1e-9:
-            return f"{stages} stages need no {m} micro-batches to stay within {percent} %; {m - 1} are enough"
+            return f"pp={stages} stays within {percent} % with {m - 1} micro-batches; {m} are more than it needs"
     return None
 
 

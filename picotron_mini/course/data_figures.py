@@ -62,7 +62,7 @@ def _runs(axes: Any, y: int, row: Sequence[int]) -> None:
         padding = row[start] == PADDING
         style: dict[str, Any] = {"facecolor": "none", "hatch": "////"} if padding else {}
         colour = PALE[row[start] % len(PALE)]
-        box = {"facecolor": colour, "edgecolor": GREY, "linewidth": 0.5} | style
+        box: dict[str, Any] = {"facecolor": colour, "edgecolor": GREY, "linewidth": 0.5} | style
         axes.add_patch(Rectangle((start, y), stop - start, 0.84, **box))
 
 
@@ -74,6 +74,7 @@ def draw_shares(rows: Sequence[int], layouts: Sequence[tuple[int, int]]) -> Pict
     """
     from matplotlib.patches import Rectangle
 
+    style: dict[str, Any] = {"edgecolor": GREY, "linewidth": 0.6}
     with drawing():
         fig = figure(6.5, 0.5 + 0.36 * len(layouts))
         axes = fig.subplots()
@@ -88,8 +89,8 @@ def draw_shares(rows: Sequence[int], layouts: Sequence[tuple[int, int]]) -> Pict
             for rank in range(dp):
                 for k in range(micro_batches):
                     share = range(len(rows))[data_rows(len(rows), dp, rank, micro_batches, k)]
-                    box = {"facecolor": PALE[rank % len(PALE)], "edgecolor": GREY, "linewidth": 0.6}
-                    axes.add_patch(Rectangle((share[0] + 0.03, y), len(share) - 0.06, 0.84, **box))
+                    at, colour = (share[0] + 0.03, y), PALE[rank % len(PALE)]
+                    axes.add_patch(Rectangle(at, len(share) - 0.06, 0.84, facecolor=colour, **style))
                     for i in share:
                         axes.text(i + 0.5, y + 0.44, str(rows[i]), ha="center", va="center", color=INK)
         axes.set(xlim=(-3.6, len(rows)), ylim=(len(layouts), -0.1))
@@ -116,7 +117,7 @@ def draw_resumes(read: Mapping[str, Sequence[int]], stops: Sequence[int]) -> Pic
                 range(len(batches)), batches, marker=marker, linestyle=":", color=colour, markersize=5, label=name
             )
         for stop in stops:
-            axes.axvline(stop - 0.5, color=GREY, linewidth=0.8)
+            axes.axvline(stop - 0.5, ymax=0.7, color=GREY, linewidth=0.8)  # below the legend
         axes.set(xlabel="step; a line is a restart", ylabel="batch that was read")
         axes.legend()
     said = "; ".join(f"{name}: {', '.join(map(str, batches))}" for name, batches in read.items())

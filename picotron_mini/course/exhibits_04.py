@@ -60,7 +60,8 @@ EXHIBITS = [
         "rule gets an all_reduce as its backward, which is right if the ranks' losses are to be added, and wrong "
         "here, where all ranks compute one and the same loss. torch.distributed.nn.functional.all_reduce is of "
         "that kind.",
-        symptom="gradients are multiplied by tp at each exit they pass: the lower the layer, the larger.",
+        symptom="each exit that a gradient passes multiplies it by tp: with tp=2 the final norm's gradient is "
+        "doubled and those of the last MLP are quadrupled; further down, terms with different factors mix.",
         patch=reduce_from_sums_again,
         killed_on=("tp=2",),
         survives_on=("dp=1", "dp=2"),

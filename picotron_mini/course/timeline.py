@@ -13,6 +13,7 @@ node that made the stage's output, and ends when autograd has nothing left to do
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -23,10 +24,11 @@ from torch import Tensor
 from torch.autograd import Function, Variable
 
 from ..parallel.schedules import Action, Event, Timeline
-from .picture import GREY, INK, PALE, Picture, drawing, figure, picture
+from .picture import GREY, INK, PALE, Picture
 
 Forward = Callable[[int, Tensor | None], Tensor]
 COLOURS = {"forward": PALE[0], "backward": PALE[1]}
+LEFT, WIDTH, RIGHT, ROW = 60, 680, 12, 18  # pixels of a picture: the stages' names, all, room for a tick, one stage
 
 
 def timed(forward: Forward, stage: int, events: list[Event]) -> Forward:
@@ -82,43 +84,49 @@ def pretend(x: Tensor, forward_seconds: float, backward_seconds: float) -> Tenso
     return torch.as_tensor(_Pretend.apply(x, forward_seconds, backward_seconds))
 
 
-def draw_timelines(timelines: Mapping[str, Timeline], words: str, unit: str = "", same_clock: bool = False) -> Picture:
-    """Timelines below each other, one row a stage: blue forwards, orange backwards, nothing where a stage waits.
+def draw_timelines(timelines: Mapping[str, Timeline], words: str, unit: str) -> Picture:
+    """Timelines below each other on one clock, a row a stage: blue forwards, orange backwards, nothing for waiting.
+
+    Written as SVG by hand: with a few hundred boxes a plotting library's file is ten times as large.
 
     Args:
         timelines: title -> timeline.
         words: what the picture shows, for those who do not see it.
-        unit: of the time axis; no axis without.
-        same_clock: draw all on one time axis; else each fills the width.
+        unit: of the times.
     """
-    heights = [timeline.stages for timeline in timelines.values()]
-    with drawing():
-        fig = figure(7.2, sum(0.27 * height + 0.5 for height in heights))
-        panels = fig.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        longest = max(timeline.total for timeline in timelines.values())
-        for axes, (title, timeline) in zip(panels, timelines.items(), strict=True):
-            _rows(axes, timeline)
-            axes.set_xlim(0, longest if same_clock else timeline.total)
-            axes.set_title(f"{title}: {100 * timeline.bubble:.0f} % idle", loc="left", fontsize=9)
-            if unit:
-                axes.set_xlabel(unit)
-            else:
-                axes.set_xticks([])
-                axes.spines["bottom"].set_visible(False)
-    return picture(fig, words)
+    scale = (WIDTH - LEFT) / max(timeline.total for timeline in timelines.values())
+    boxes: dict[str, list[str]] = {"forward": [], "backward": []}
+    numbers, labels, lines = [], [], []
+    y = 0.0
+    for title, timeline in timelines.items():
+        y += 20
+        labels.append(f'<text x="{LEFT}" y="{y - 6:g}">{title}: {100 * timeline.bubble:.0f} % idle</text>')
+        for stage, action, start, end in timeline.events:
+            x, width, top = LEFT + start * scale, (end - start) * scale, y + ROW * stage
+            boxes[action.kind].append(f'<rect x="{x:.1f}" y="{top:g}" width="{width:.1f}" height="{ROW - 2}"/>')
+            if width > 6 * len(str(action.micro_batch)):  # the number fits
+                numbers.append(f'<text x="{x + width / 2:.1f}" y="{top + 12:g}">{action.micro_batch}</text>')
+        for stage in range(timeline.stages):
+            x, top = LEFT - 6, y + ROW * stage + 12
+            labels.append(f'<text x="{x}" y="{top:g}" text-anchor="end">stage {stage}</text>')
+        y += ROW * timeline.stages
+    lines.append(f'<path d="M{LEFT} {y + 2:g}H{WIDTH}"/>')
+    for tick in _ticks((WIDTH - LEFT) / scale):
+        x = LEFT + tick * scale
+        lines.append(f'<path d="M{x:.1f} {y + 2:g}v4"/>')
+        labels.append(f'<text x="{x:.1f}" y="{y + 17:g}" text-anchor="middle">{tick:g}</text>')
+    labels.append(f'<text x="{(LEFT + WIDTH) / 2:g}" y="{y + 31:g}" text-anchor="middle">{unit}</text>')
+    size = f'width="{WIDTH + RIGHT}" height="{y + 36:g}" viewBox="0 0 {WIDTH + RIGHT} {y + 36:g}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
+    for kind, found in boxes.items():
+        parts.append(f'<g fill="{COLOURS[kind]}" stroke="{GREY}" stroke-width="0.5">{"".join(found)}</g>')
+    parts.append(f'<g fill="{INK}" font-size="9" text-anchor="middle">{"".join(numbers)}</g>')
+    parts.append(f'<g fill="{GREY}">{"".join(labels)}</g><g stroke="{GREY}">{"".join(lines)}</g></svg>')
+    return Picture("\n".join(parts), words)
 
 
-def _rows(axes: Any, timeline: Timeline) -> None:
-    from matplotlib.patches import Rectangle
-
-    for stage, action, start, end in timeline.events:
-        box = Rectangle((start, stage + 0.06), end - start, 0.88, facecolor=COLOURS[action.kind], edgecolor=GREY)
-        box.set_linewidth(0.4)
-        axes.add_patch(box)
-        if end - start > 0.012 * timeline.total:
-            axes.text((start + end) / 2, stage + 0.52, str(action.micro_batch), ha="center", va="center", color=INK)
-            axes.texts[-1].set_fontsize(7)
-    axes.set_ylim(timeline.stages, 0)
-    axes.set_yticks([stage + 0.5 for stage in range(timeline.stages)], [f"stage {s}" for s in range(timeline.stages)])
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
+def _ticks(longest: float) -> list[float]:
+    """At most eight round numbers from 0 to `longest`."""
+    power = 10.0 ** math.floor(math.log10(longest / 7))
+    step = next(power * factor for factor in (1, 2, 5, 10) if longest / (power * factor) <= 7)
+    return [step * number for number in range(math.floor(longest / step) + 1)]

@@ -5,7 +5,8 @@
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
     5 compile    the blocks, with the exchanges of 2 inside them
-    6 data       last, because it takes the parameters as they are now
+    6 recompute  around what is compiled; and the loss in chunks
+    7 data       last, because it takes the parameters as they are now
 
 Also here: `layout_of`, which says before any process exists where everything will be, and `describe`, which prints it.
 """
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, ModelConfig, RunConfig
 from ..layout import Layout, Placement, Shard, split
+from ..memory.chunked_loss import chunked_loss
+from ..memory.recompute import recompute
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
@@ -173,12 +176,17 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     # 5 compile
     if train.compile:
         for block in [block for chunk in chunks for block in chunk.layers.values()]:
-            block.compile(fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True)
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
 
-    # 6 data
+    # 6 recompute
+    for chunk in chunks:
+        recompute(chunk, train.recompute)
+        chunked_loss(chunk, train.loss_chunks)
+
+    # 7 data
     buckets = GradientBuckets(parameters.values(), mesh["dp"], train.bucket_mb * 2**20)
     return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, deferred)
 

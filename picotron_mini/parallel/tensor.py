@@ -106,8 +106,9 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> 
     vocabulary = split(model.config.vocab_size, axis.size)[axis.index]
     if model.embed is not None:
         model.register_module("embed", VocabParallelEmbedding(model.embed.get_parameter("weight"), vocabulary, leave))
-    if model.head is not None:
-        model.head.register_forward_pre_hook(lambda _, inputs: (enter(inputs[0]),))
+    if model.norm is not None:
+        # the entry of the head, behind the norm: whatever takes the loss apart finds all tokens
+        model.norm.register_forward_hook(lambda _, inputs, output: enter(output))
         model.cross_entropy = lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, vocabulary, axis)
     model.tie()
 

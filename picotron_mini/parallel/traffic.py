@@ -20,6 +20,8 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
             send          g elements, from both ends            a tied embedding, if the ends are on two stages
     world   all_reduce    24                                    loss, squared norm, stop
 
+With `recompute=full` each layer in which or below which something is trained runs its exchanges of the forward again.
+
 A backward exchange happens only if a gradient flows there: below the first trained parameter none does.
 """
 
@@ -58,11 +60,12 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     if mesh.tp > 1:
         pairs = sum(name.endswith(("attention.o.weight", "mlp.down.weight")) for name in mine)
         entries, exits = _with_gradient(list(mine), set(trained), first, last)
+        again = 2 * _recomputed(list(mine), set(trained), first) if train.recompute == "full" else 0
         if train.sequence_parallel:
-            out["tp", "all_gather"] += train.micro_batches * hidden // mesh.tp * (pairs + last + exits)
-            out["tp", "reduce_scatter"] += train.micro_batches * hidden * (pairs + first + entries)
+            out["tp", "all_gather"] += train.micro_batches * hidden // mesh.tp * (pairs + last + exits + again)
+            out["tp", "reduce_scatter"] += train.micro_batches * hidden * (pairs + first + entries + again)
         else:
-            out["tp", "all_reduce"] += train.micro_batches * hidden * (pairs + first + entries)
+            out["tp", "all_reduce"] += train.micro_batches * hidden * (pairs + first + entries + again)
         if last:
             out["tp", "all_reduce"] += train.micro_batches * 3 * tokens * wide
         out["tp", "all_reduce"] += wide * sum(n for name, n in trained.items() if "tp" in mine[name].sum_axes)
@@ -94,11 +97,8 @@ def _with_gradient(names: list[str], trained: set[str], first: bool, last: bool)
     """
     flows = not first  # the input of a later stage always gets a gradient
     entries, exits = 0, int(first and "embed.weight" in trained)
-    above = 0
     for name in names:
-        if name.startswith("layers."):  # so does that of a later chunk: layers between are elsewhere
-            layer = int(name.split(".")[1])
-            flows, above = flows or layer > above, layer + 1
+        flows = flows or _layer(name) in _later_chunks(names)
         if name.endswith(("attention.q.weight", "mlp.gate.weight")):
             pair = name.rsplit(".", 2)[0] + "."
             entries += flows
@@ -107,3 +107,24 @@ def _with_gradient(names: list[str], trained: set[str], first: bool, last: bool)
             break  # training the head itself sends nothing below it
         flows = flows or name in trained
     return entries + (flows and last), exits
+
+
+def _recomputed(names: list[str], trained: set[str], first: bool) -> int:
+    """How many layers of a stage backward passes, and so recomputes: those that hold or lie above a trained weight."""
+    flows, layers = not first, dict[str, bool]()
+    for name in names:
+        flows = flows or name in trained or _layer(name) in _later_chunks(names)
+        if name.startswith("layers."):
+            layers[name.split(".")[1]] = flows
+    return sum(layers.values())
+
+
+def _layer(name: str) -> int:
+    """The number of a parameter's layer; -1 if it is in none."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else -1
+
+
+def _later_chunks(names: list[str]) -> set[int]:
+    """The layers that begin a later chunk of a stage: what is below is elsewhere, so their input has a gradient."""
+    layers = {_layer(name) for name in names}
+    return {layer for layer in layers if layer > 0 and layer - 1 not in layers}

@@ -59,7 +59,9 @@ def resolved(layout: str, schedule: str, model: ModelConfig = MODEL, **train: An
         ("pp=2", {"virtual_stages": 3}, "virtual_stages=3 is for schedule=interleaved; schedule=1f1b has 1 a stage"),
         ("dp=2", {"schedule": "zb-v"}, "schedule=zb-v needs a pipeline, and pp=1 is none; use pp>=2, or schedule=1f1b"),
         ("pp=2", {"schedule": "zb-h1", "compile": True},
-         "schedule=zb-h1 splits each backward in two, and a compiled block has one; use compile=False"),
+         "schedule=zb-h1 splits each backward, and compile=True makes it one; use compile=False"),
+        ("pp=2", {"schedule": "zb-v", "recompute": "full"}, "recompute=full makes it one; use recompute=none"),
+        ("pp=2", {"schedule": "zb-v", "loss_chunks": 2}, "loss_chunks=2 makes it one; use loss_chunks=1"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_with_what_could(layout: str, train: dict[str, Any], said: str) -> None:
@@ -249,6 +251,7 @@ SLOW: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("dp=2,pp=2", "zb-h1", {"freeze": ("embed", "layers", "norm")}, {"tie_embeddings": False}),
     ("tp=2,pp=2", "zb-v", {"sequence_parallel": True, "document_mask": True}, {}),
     ("dp=2", "zb-h1", {}, {}),
+    ("tp=2,pp=2", "interleaved", {"micro_batches": 2, "recompute": "full", "loss_chunks": 3}, {}),
 ]
 
 

@@ -1,101 +1,24 @@
 """The site in a real browser, wide and narrow: it draws, it reads, and it asks nobody for anything.
 
-Needs Chromium. Where there is none the tests are skipped and say so; under CI=true they fail.
+How it is read by those who see, hear or print it otherwise: test_site_access.py.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
+from playwright.sync_api import expect
+from reading import Reader, kinds, one
 
 pytestmark = pytest.mark.slow  # builds the site
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ON_A_MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-SIZES = {"desktop": (1280, 720), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    path = next((found for name in (*NAMES, ON_A_MAC) if (found := shutil.which(name))), None)
-    if path is None:
-        message = "no Chromium: the site was NOT looked at in a browser; install the package chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@dataclass
-class Reader:
-    """A page of the site at one size, and what went wrong on it."""
-
-    page: Page
-    address: str
-    wrong: list[str] = field(default_factory=list)
-
-    def open(self, name: str) -> Page:
-        self.page.goto(self.address + name)
-        return self.page
-
-
-@pytest.fixture(params=SIZES)
-def reader(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iterator[Reader]:
-    width, height = SIZES[request.param]
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="light")
-    page = context.new_page()
-    page.set_default_timeout(15_000)
-    reader = Reader(page, address)
-
-    def guard(route: Route) -> None:
-        if route.request.url.startswith((address, "data:", "blob:")):
-            route.continue_()
-        else:
-            reader.wrong.append(f"asked elsewhere: {route.request.url}")
-            route.abort()
-
-    def failed(request: Request) -> None:
-        if request.failure != "net::ERR_ABORTED":  # the reader went on before it was there
-            reader.wrong.append(f"failed: {request.url}: {request.failure}")
-
-    context.route("**/*", guard)
-    page.on("console", lambda m: reader.wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: reader.wrong.append(f"script: {error}"))
-    page.on("requestfailed", failed)
-    page.on("response", lambda r: reader.wrong.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-    yield reader
-    assert not reader.wrong, "\n".join(reader.wrong)
-    context.close()
-
-
-def one(site: Path, folder: str) -> str:
-    """The last chapter's page in a folder of the site."""
-    names = sorted(path.name for path in (site / folder).glob("[0-9][0-9]_*.html"))
-    assert names, f"no chapter in {folder}"
-    return f"{folder}/{names[-1]}"
 
 
 def all_pages(site: Path) -> list[str]:
     chapters = [path.relative_to(site).as_posix() for path in sorted(site.glob("*/[0-9][0-9]_*.html"))]
-    return ["index.html", "CONTRIBUTING.html", "api/index.html", "api/collectives.html", *chapters]
+    others = ["CONTRIBUTING.html", "CHANGELOG.html", "api/index.html", "api/collectives.html"]
+    return [*dict.fromkeys([*kinds(site), *chapters, *others])]
 
 
 def test_pages_fit_the_screen_and_draw_everything(reader: Reader, site: Path) -> None:
@@ -170,3 +93,131 @@ def test_from_a_lesson_to_its_questions_and_to_the_library(reader: Reader, site:
     expect(page.locator("article .doc-heading").first).to_be_visible()
     page.locator("article a[href*='lessons/']").first.click()
     page.wait_for_url("**/lessons/*.html")
+
+
+def test_pages_are_light(reader: Reader, site: Path, sent: list[tuple[str, int]]) -> None:
+    lessons = sorted(path.relative_to(site).as_posix() for path in site.glob("lessons/[0-9][0-9]_*.html"))
+    for name, limit in {"index.html": 1_000_000, **dict.fromkeys(lessons, 2_000_000)}.items():
+        context = reader.page.context.browser.new_context(viewport=reader.page.viewport_size)  # nothing is cached
+        sent.clear()
+        page = context.new_page()
+        with page.expect_response(re.compile("search_index.json$")):
+            page.goto(reader.address + name, wait_until="load")
+        page.wait_for_load_state("networkidle")
+        context.close()
+        total = sum(size for _, size in sent)
+        largest = sorted(sent, key=lambda one: -one[1])[:3]
+        assert 50_000 < total < limit, f"{name} loads {total} bytes; the largest are {largest}"
+
+
+def test_figures_of_lessons_are_vectors(reader: Reader, site: Path) -> None:
+    for path in sorted(site.glob("lessons/[0-9][0-9]_*.html")):
+        page = reader.open(f"lessons/{path.name}")
+        sources = page.locator("article img").evaluate_all("all => all.map(one => one.src)")
+        assert sources and all(source.endswith(".svg") for source in sources), sources
+
+
+def test_the_drawing_of_the_chapters(reader: Reader) -> None:
+    page = reader.open("index.html")
+    outside = page.evaluate(
+        "[...document.querySelectorAll('.reading-order rect')].flatMap(rect => {"
+        " const box = rect.getBoundingClientRect();"
+        " return [...rect.parentNode.querySelectorAll('text')].filter(text => {"
+        "  const r = text.getBoundingClientRect();"
+        "  return r.width < 5 || r.left < box.left || r.right > box.right || r.top < box.top || r.bottom > box.bottom"
+        " }).map(text => text.textContent)})"
+    )
+    assert not outside, f"words outside their box: {outside}"
+    small = page.locator(".reading-order text").first.evaluate("text => text.getBoundingClientRect().height")
+    assert small >= 11, "too small to read"
+    page.locator(".reading-order a").first.click()
+    page.wait_for_url("**/lessons/*.html")
+
+
+def test_code_of_the_library_stands_in_the_write_up(reader: Reader) -> None:
+    page = reader.open("summary/03_data_parallel.html")
+    expect(page.get_by_text("def all_reduce_gradients").first).to_be_visible()
+    folded = page.locator("details.listing").filter(has_text="GradientBuckets")
+    expect(folded.locator("pre")).to_be_hidden()
+    folded.locator("summary").click()
+    expect(folded.get_by_text("class GradientBuckets").first).to_be_visible()
+    page.locator("p.listing a", has_text="GradientBuckets").click()
+    page.wait_for_url("**/api/parallel/data.html#picotron_mini.parallel.data.GradientBuckets")
+    source = page.locator(".doc-contents:has(> details.mkdocstrings-source) > details.mkdocstrings-source").first
+    source.locator("summary").click()
+    expect(source.locator("pre", has_text=re.compile("def|class")).first).to_be_visible()
+
+
+def test_terms_lead_to_the_glossary(reader: Reader, site: Path) -> None:
+    for name in (one(site, folder) for folder in ("lessons", "summary", "interview_questions")):
+        page = reader.open(name)
+        assert page.locator("article a.term").count() > 2
+        assert not page.locator(":is(h1, h2, h3, code, summary, a) a.term").count()
+        links = page.locator("article a.term").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+        assert len(links) == len(set(links)), "a term is linked at its first use only"
+    term = page.locator("article a.term:visible").first
+    word = term.inner_text().rstrip("s").lower()
+    term.click()
+    page.wait_for_url("**/summary/glossary.html#*")
+    assert word.split()[0] in page.locator(":target").inner_text().lower()
+
+
+def shown(reader: Reader) -> list[tuple[str, str]]:
+    """Chapter and level of each question that the page of all questions shows."""
+    return [
+        tuple(pair)
+        for pair in reader.page.locator("details.asked:visible").evaluate_all(
+            "all => all.map(one => [one.dataset.chapter, one.dataset.level])"
+        )
+    ]
+
+
+def test_questions_are_filtered_by_keyboard_and_by_address(reader: Reader) -> None:
+    page = reader.open("interview_questions/index.html")
+    everything = shown(reader)
+    assert len(everything) > 20 and len({chapter for chapter, _ in everything}) > 1
+    page.evaluate("window.here = true")  # a page that is loaded anew forgets it
+    page.get_by_label("design", exact=True).focus()
+    page.keyboard.press("Space")
+    design = shown(reader)
+    assert design == [pair for pair in everything if pair[1] == "design"] and design
+    expect(page.locator(".filter output")).to_have_text(f"{len(design)} of {len(everything)} questions")
+    assert page.url.endswith("#level=design")
+    page.get_by_label(re.compile(r"\b03 ")).focus()
+    page.keyboard.press("Space")
+    both = shown(reader)
+    assert both == [pair for pair in design if pair[0] == "03"] and both
+    assert page.url.endswith("#chapter=03&level=design")
+    assert page.locator("article section h2:visible").count() == 1, "a chapter without questions shows no heading"
+    assert page.evaluate("window.here") is True
+    page.reload()
+    assert shown(reader) == both, "the address says what was chosen"
+    expect(page.get_by_label("design", exact=True)).to_be_checked()
+    page.evaluate("location.hash = '#chapter=00&level=warm-up,advanced'")
+    page.wait_for_function("document.querySelector('[value=advanced]').checked")
+    assert {chapter for chapter, _ in shown(reader)} == {"00"} and "warm-up" in {level for _, level in shown(reader)}
+    page.get_by_text("Show all").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("!location.hash")
+    assert shown(reader) == everything
+
+
+def test_a_question_of_the_list_opens_and_leads_to_its_page(reader: Reader) -> None:
+    page = reader.open("interview_questions/index.html")
+    asked = page.locator("details.asked").nth(2)
+    asked.locator("summary").click()
+    asked.locator("a", has_text="The deep answer").click()
+    page.wait_for_url("**/interview_questions/00_*.html#q3-*")
+    expect(page.locator(":target")).to_be_in_viewport()
+
+
+def test_without_scripts_all_questions_are_there(reader: Reader) -> None:
+    expected = len(shown(reader)) if reader.open("interview_questions/index.html") else 0
+    context = reader.page.context.browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(reader.address + "interview_questions/index.html#level=design")
+    assert page.locator("details.asked:visible").count() == expected
+    expect(page.locator("form.filter")).to_be_hidden()
+    page.locator("details.asked summary").first.click()
+    expect(page.locator("details.asked a", has_text="The deep answer").first).to_be_visible()
+    context.close()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from picotron_mini.course.site.history import last_changes
+
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow  # builds the site
 
 LOADS = {"link", "script", "img", "source", "iframe", "video", "audio", "object", "embed", "use"}
@@ -87,3 +94,40 @@ def test_every_picture_has_words(pages: dict[Path, Page]) -> None:
 def test_every_formula_was_drawn(pages: dict[Path, Page]) -> None:
     left = [path for path in pages if re.search(r'class="arithmatex"', path.read_text())]
     assert not left
+
+
+def test_pages_say_when_they_changed(pages: dict[Path, Page], site: Path) -> None:
+    changes = last_changes(ROOT)
+    for name, source in (("lessons/03_data_parallel", "lessons/03_data_parallel.py"), ("index", "README.md")):
+        text = (site / f"{name}.html").read_text()
+        assert ('class="md-source-file__fact"' in text) == (source in changes)
+        assert changes.get(source, "") in text
+
+
+def test_pages_say_where_to_edit_them(site: Path, tmp_path: Path) -> None:
+    """Only where the repository's address is known; and even then nothing asks the code host for anything."""
+    address = "https://example.org/me/it"
+    assert 'rel="edit"' not in (site / "index.html").read_text()
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "html")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPO_URL": address}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, source in (
+        ("index", "README.md"),
+        ("lessons/03_data_parallel", "lessons/03_data_parallel.py"),
+        ("api/parallel/data", "picotron_mini/parallel/data.py"),
+    ):
+        page = Page(tmp_path / "html" / f"{name}.html")
+        assert f"{address}/edit/main/{source}" in page.links
+        assert (ROOT / source).is_file()
+        assert address in page.links
+        assert not [load for load in page.loads if urlsplit(load).netloc]
+        assert 'data-md-component="source"' not in page.path.read_text(), "the theme would ask for the number of stars"
+
+
+def test_the_search_finds_prose_once(site: Path) -> None:
+    entries = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    places = {entry["location"].partition("#")[0] for entry in entries}
+    assert {"index.html", "summary/glossary.html", "api/parallel/data.html"} <= places
+    assert "interview_questions/index.html" not in places and not any(p.startswith("source/") for p in places)
+    assert not [entry["location"] for entry in entries if "def __init__(self, parameters" in entry["text"]]

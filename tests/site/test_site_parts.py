@@ -242,6 +242,14 @@ def test_every_chapter_has_its_place_in_the_plan() -> None:
     assert (ROOT / "README.md").read_text().count(PLACE) == 1
 
 
+@pytest.mark.parametrize("chapter", [chapter for chapter in PLAN if chapter.needs], ids=lambda chapter: chapter.stem)
+def test_a_lesson_says_itself_what_it_needs(chapter: Chapter) -> None:
+    path = ROOT / "lessons" / f"{chapter.stem}.py"
+    if path.exists():
+        said = path.read_text().partition("# You need ")[2].partition("\n#\n")[0]
+        assert all(need in said for need in chapter.needs), said
+
+
 def test_the_drawing_shows_what_needs_what(tmp_path: Path) -> None:
     plan = (Chapter("00_a", "First <one>"), Chapter("01_b", "Second"), Chapter("02_c", "Third", needs=("00", "01")))
     (tmp_path / "lessons").mkdir()

@@ -33,7 +33,7 @@ from picotron_mini.course.site.notebook import fenced, to_markdown
 from picotron_mini.course.site.questions import collected
 from picotron_mini.course.site.reading_order import PLACE, reading_order
 
-ASSETS = ("site.css", "questions.js")
+ASSETS = ("site.css", "questions.js", "theme.js")
 
 
 @dataclass(frozen=True)

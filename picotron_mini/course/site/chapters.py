@@ -15,7 +15,10 @@ KINDS = {"lessons": "Lesson", "summary": "Write-up", "interview_questions": "Que
 
 @dataclass(frozen=True)
 class Chapter:
-    """One chapter: its stem (`NN_topic`), its title, and the numbers of the chapters that it builds on."""
+    """One chapter: its stem (`NN_topic`), its title, and the numbers of the chapters that it builds on.
+
+    What those build on themselves is not named again.
+    """
 
     stem: str
     title: str
@@ -30,10 +33,10 @@ class Chapter:
 PLAN = (
     Chapter("00_ranks_and_collectives", "Ranks and collectives"),
     Chapter("01_model_and_its_costs", "The model and its costs"),
-    Chapter("02_data_pipeline", "The data pipeline", needs=("01",)),
+    Chapter("02_data_pipeline", "Data pipeline", needs=("00",)),
     Chapter("03_data_parallel", "Data parallel", needs=("00",)),
-    Chapter("04_tensor_parallel", "Tensor parallel", needs=("00", "01")),
-    Chapter("05_pipeline_parallel", "Pipeline parallel", needs=("00", "01")),
+    Chapter("04_tensor_parallel", "Tensor parallel", needs=("03",)),
+    Chapter("05_pipeline_parallel", "Pipeline parallel", needs=("03",)),
 )
 
 

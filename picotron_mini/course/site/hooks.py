@@ -11,6 +11,10 @@ from picotron_mini.course.site.glossary import PAGE, link_terms, terms
 from picotron_mini.course.site.mathml import render
 
 _PROSE = re.compile(r"(lessons|summary|interview_questions)/\d\d_\w+\.md")
+_SECTION = re.compile(
+    r'aria-labelledby="(__nav_[\d_]+)_label"([^>]*>\s*<label class="md-nav__title" for="\1">\s*<span[^>]*></span>\s*)'
+    r"([^<]+?)(?=\s*</label>)"
+)
 _NOT_SEARCHED = re.compile(r'<details class="(?:mkdocstrings-source|listing)"|<pre(?=>)')
 
 
@@ -63,3 +67,9 @@ def on_page_content(html: str, page: Any, config: Any, **_: Any) -> str:
         html = link_terms(html, terms(glossary.read_text()), up)
     # Prose is what is searched: with all code in it, the index would be most of what the home page loads.
     return _NOT_SEARCHED.sub(lambda match: f"{match[0]} data-search-exclude", html)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """A page that is done: names for the parts of the theme that have none, or have that of something hidden."""
+    output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+    return _SECTION.sub(r'aria-label="\3"\2\3', output)

@@ -15,7 +15,7 @@ from pathlib import Path
 from picotron_mini.course.site.chapters import PLAN, Chapter
 
 PLACE = "<!-- reading order -->"
-WIDTH, BOX_W, BOX_H, ROW = 360, 82, 58, 104  # in units of which a phone shows about one a pixel
+WIDTH, BOX_W, BOX_H, ROW = 360, 116, 52, 92  # in units of which a phone shows about one a pixel
 
 
 def reading_order(root: Path, plan: Sequence[Chapter] = PLAN) -> str:
@@ -67,7 +67,7 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
 
 
 def _box(chapter: Chapter, x: float, y: float, *, linked: bool) -> str:
-    lines = textwrap.wrap(chapter.title, 12)
+    lines = textwrap.wrap(chapter.title, 17)
     text = f'<text class="number" x="{x + BOX_W / 2:g}" y="{y + 16:g}">{chapter.number}</text>' + "".join(
         f'<text x="{x + BOX_W / 2:g}" y="{y + 31 + 14 * line:g}">{escape(part)}</text>'
         for line, part in enumerate(lines)

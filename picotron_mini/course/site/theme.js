@@ -1,0 +1,25 @@
+// What the theme's own script leaves out for those who use a keyboard or a screen reader.
+(() => {
+  const mend = () => {
+    // Each "copy" button comes in a <nav>: dozens of landmarks without a name.
+    for (const nav of document.querySelectorAll("nav.md-code__nav:not([role])")) nav.setAttribute("role", "none");
+    // What is too wide for the screen scrolls by itself, and must be reached to be scrolled.
+    for (const box of document.querySelectorAll("pre > code, .md-typeset__scrollwrap, div.formula, div.output")) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  };
+  // On a narrow screen the menu and the search open by a <label>, which the keyboard passes over.
+  for (const [id, name] of [["__drawer", "Menu"], ["__search", "Search"]]) {
+    for (const label of document.querySelectorAll(`label.md-header__button[for=${id}]`)) {
+      Object.assign(label, { tabIndex: 0, role: "button", ariaLabel: name });
+      label.addEventListener("keydown", (event) => {
+        if (event.key !== " ") return; // the theme clicks a label on Enter, once it has the focus
+        event.preventDefault();
+        label.click();
+      });
+    }
+  }
+  new MutationObserver(mend).observe(document.body, { childList: true, subtree: true });
+  for (const event of ["load", "resize", "toggle"]) addEventListener(event, mend, true); // "toggle": an answer unfolds
+})();

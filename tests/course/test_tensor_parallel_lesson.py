@@ -1,0 +1,82 @@
+"""What chapter 04 shows beside the library: drawings, which ranks need which heads, and when cutting a layer pays."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from picotron_mini import collectives
+from picotron_mini.config import MeshShape, ModelConfig, layout_problems
+from picotron_mini.course.exercises import exercise, judge
+from picotron_mini.course.picture import Picture
+from picotron_mini.course.tensor_figures import draw_heads, draw_pair, ranks_of_heads
+from picotron_mini.course.tensor_time import block_times, exchange_ratio, layer_of_width
+from picotron_mini.mesh import Axis
+from picotron_mini.model.costs import layer_flops
+
+
+@pytest.mark.parametrize("picture", [draw_pair(), draw_heads(8, 4, (2, 4, 8))], ids=["pair", "heads"])
+def test_drawings(picture: Picture) -> None:
+    svg = picture._repr_svg_()
+    ElementTree.fromstring(svg)
+    assert "<text" in svg and len(svg) < 60_000
+
+
+def test_the_drawing_says_what_the_library_refuses() -> None:
+    words = repr(draw_heads(8, 4, (2, 4, 8)))
+    for tp in (2, 4, 8):
+        model = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_heads=8, num_kv_heads=4)
+        refused = bool(layout_problems(model, MeshShape(tp=tp)))
+        assert (f"tp={tp}, refused" in words) == refused
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tp"), [(8, 4, 2), (8, 4, 8), (12, 3, 6), (6, 6, 3), (8, 1, 4)])
+def test_a_key_value_head_is_needed_where_its_queries_are(heads: int, kv_heads: int, tp: int) -> None:
+    queries, keys = ranks_of_heads(heads, kv_heads, tp)
+    assert [queries.count(rank) for rank in range(tp)] == [heads // tp] * tp
+    for query, rank in enumerate(queries):
+        assert rank in keys[query * kv_heads // heads]
+    assert all(len(ranks) == 1 for ranks in keys) == (kv_heads % tp == 0)
+
+
+def test_the_ratio_of_exchanges_and_products() -> None:
+    layer = layer_of_width(768)
+    assert layer.num_heads * layer.head_dim == layer.hidden_size == 768 and layer.intermediate_size == 2048
+    seq_len, flops, link = 512, 1e12, 1e9
+    one = exchange_ratio(layer, seq_len, 2, 4, flops, link)
+    # two ranks, by hand: a ring sends as much as the payload; 4 all_reduces of 768 float32 a token
+    assert one == pytest.approx((4 * 768 * 4 / link) / (3 * layer_flops(layer, seq_len) / (2 * flops)))
+    assert exchange_ratio(layer, seq_len, 8, 4, flops, link) == pytest.approx(7 * one)
+    assert exchange_ratio(layer, seq_len, 1, 4, flops, link) == 0
+    assert exchange_ratio(layer, seq_len, 2, 2, flops, link) == pytest.approx(one / 2)
+
+
+def sent_while_timing() -> tuple[set[tuple[int, int]], bool, int]:
+    with collectives.ledger.recording() as sent:
+        times = block_times((32, 64), (1, 2), 8, 2)
+    good = all(0 < seconds < 60 for pair in times.values() for seconds in pair)
+    return set(times), good, sum(sent.values())
+
+
+def test_block_times_measure_the_exchanges_of_the_ranks_that_work(ranks) -> None:
+    first, second = ranks(sent_while_timing, world_size=2)
+    assert first[0] == {(32, 1), (32, 2), (64, 1), (64, 2)}
+    assert second[0] == {(32, 2), (64, 2)}, "the second rank rests while one rank works alone"
+    assert first[1] and second[1]
+    # two rounds of four all_reduces at tp=2, and none from the blocks without exchanges
+    assert first[2] == second[2] == 2 * 4 * 8 * (32 + 64) * 4
+
+
+def test_gathering_the_logits_is_told_by_its_bytes_even_where_it_fails() -> None:
+    def gather(logits: torch.Tensor, targets: torch.Tensor, vocabulary: tuple[int, int], axis: Axis) -> torch.Tensor:
+        whole = collectives.all_gather(logits, axis, -1, 11)
+        raise RuntimeError(f"something about {whole.shape}")
+
+    def fails(logits: torch.Tensor, targets: torch.Tensor, vocabulary: tuple[int, int], axis: Axis) -> torch.Tensor:
+        raise RuntimeError("nothing was sent")
+
+    item = exercise("04.split_loss")
+    assert "3 numbers a token" in judge(item, gather).hint
+    assert judge(item, fails).hint.endswith("RuntimeError: nothing was sent")
