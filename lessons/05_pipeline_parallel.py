@@ -722,7 +722,7 @@ print(inspect.getsource(partial._exchange))
 # travel while this one computes:
 
 # %% tags=["nbval-ignore-output"]
-print(inspect.getsource(pipeline._post_ahead))
+print(inspect.getsource(pipeline.receives_in_own_order))
 
 # %% [markdown]
 # So in the steady state of 1F1B, with one queue a rank:

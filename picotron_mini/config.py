@@ -129,7 +129,8 @@ class TrainConfig:
     batch_size: int = 0  # sequences a step over all ranks; 0: micro_batch_size * micro_batches * dp
     micro_batch_size: int = 0  # sequences a rank works on at once; 0: from the other two
     micro_batches: int = 0  # micro-batches a step on each rank; 0: from the other two
-    schedule: Literal["1f1b", "afab"] = "1f1b"  # order of the micro-batches in a pipeline
+    schedule: Literal["1f1b", "afab", "interleaved", "zb-h1", "zb-v"] = "1f1b"  # order of the work in a pipeline
+    virtual_stages: int = 2  # runs of layers that each stage holds, with schedule=interleaved
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 3e-3
     min_lr_ratio: float = 0.1
@@ -153,6 +154,11 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
     loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
+
+    @property
+    def chunks(self) -> int:
+        """How many runs of layers a pipeline stage holds."""
+        return self.virtual_stages if self.schedule == "interleaved" else 2 if self.schedule == "zb-v" else 1
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,40 @@ def context_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) ->
     return found
 
 
+def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """What keeps a pipeline schedule from running on a layout, in words; `train` has its micro-batches filled."""
+    name, chunks = f"schedule={train.schedule}", train.chunks
+    if train.schedule != "interleaved" and train.virtual_stages != 2:
+        return [f"virtual_stages={train.virtual_stages} is for schedule=interleaved; {name} has {chunks} a stage"]
+    if chunks < 2 and train.schedule == "interleaved":
+        return [f"virtual_stages={chunks} must be at least 2; with 1 it is schedule=1f1b"]
+    found = []
+    if chunks > 1 and mesh.pp == 1:
+        found.append(f"{name} needs a pipeline, and pp=1 is none; use pp>=2, or schedule=1f1b")
+    elif chunks * mesh.pp > model.num_layers:
+        most = model.num_layers // chunks
+        fits = f"use pp<={most}" if most > 1 else f"use num_layers>={chunks * mesh.pp}"
+        found.append(
+            f"{name} cuts the model into {chunks} * pp={mesh.pp} parts, more than num_layers={model.num_layers}; {fits}"
+        )
+    if train.schedule == "interleaved" and train.micro_batches % mesh.pp:
+        fits = _nearest(train.micro_batches, list(range(mesh.pp, train.micro_batches + 2 * mesh.pp, mesh.pp)))
+        found.append(
+            f"{name} runs micro-batches in groups of pp={mesh.pp}, and micro_batches={train.micro_batches} is no "
+            f"multiple of it; it could be {fits}"
+        )
+    if train.zero == 3 and train.schedule not in ("1f1b", "afab"):
+        found.append(
+            f"{name} runs several chunks or halves of a backward, and zero=3 frees the weights after each whole one; "
+            "use zero=2, or schedule=1f1b"
+        )
+    if train.schedule in ("zb-h1", "zb-v"):
+        for setting, off in (("compile", False), ("recompute", "none"), ("loss_chunks", 1)):
+            if (value := getattr(train, setting)) != off:
+                found.append(f"{name} splits each backward, and {setting}={value} makes it one; use {setting}={off}")
+    return found
+
+
 def _batch(train: TrainConfig, dp: int) -> tuple[TrainConfig, list[str]]:
     """Fill batch_size = dp * micro_batch_size * micro_batches from those that are set."""
     batch, size, number = train.batch_size, train.micro_batch_size, train.micro_batches
@@ -301,6 +341,8 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     found = layout_problems(model, mesh) + context_problems(model, mesh, train)
     train, batch_problems = _batch(train, mesh.dp)
     found += batch_problems
+    if not found:
+        found += schedule_problems(model, mesh, train)
     if device == "cuda" and not gpus:
         found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
     elif device == "cuda" and mesh.world_size > gpus:

@@ -27,7 +27,7 @@ Paper: PyTorch DDP (arXiv 2006.15704). PyTorch's own: torch.nn.parallel.Distribu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -163,10 +163,18 @@ class GradientBuckets:
                 slot.grad.zero_()
         current.work = all_reduce_async(current.buffer, self.axis)
 
-    def arm(self) -> None:
-        """Say that the next backward is the step's last: its gradients are final, so reductions may start."""
+    def arm(self, times: Mapping[nn.Parameter, int] | None = None) -> None:
+        """Say that the next backward is the step's last: its gradients are final, so reductions may start.
+
+        Args:
+            times: say instead how often each gradient will still be added to, 1 where nothing is said. For a pipeline
+                in which the gradients of different parameters become final at different times.
+        """
         assert self.next == 0, "reset() before the next step"
         self.armed = True
+        if times is not None:
+            for current in self.buckets:
+                current.waiting = sum(times.get(slot.parameter, 1) for slot in current.slots)
 
     def finish(self) -> None:
         """Start what has not started, wait for all of it, and publish the sums. Once a step, on every rank."""

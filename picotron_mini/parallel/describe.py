@@ -13,6 +13,7 @@ from rich.table import Table
 from ..config import RunConfig
 from ..layout import Placement
 from ..mesh import coordinates
+from .actions import route_of
 from .parallelize import layout_of, stage_layers
 from .traffic import predict_step
 
@@ -62,7 +63,9 @@ def describe(run: RunConfig) -> RenderableType:
     places = Table(title=f"where the {what} live: {run.layout}", title_justify="left")
     for column in ("parameter", "shape", "stages", "split", "gradient summed over"):
         places.add_column(column)
-    stages = stage_layers(run.model, run.mesh.pp, run.train.seq_len)
+    route = route_of(run.train.schedule, run.mesh.pp, run.train.chunks)
+    parts = stage_layers(run.model, route.length, run.train.seq_len)
+    held = [[parts[route.position(s, chunk)] for chunk in range(route.chunks)] for s in range(route.stages)]
     seen: set[str] = set()
     for name, place in layout.items():
         short = re.sub(r"^layers\.\d+", "layers.*", name)
@@ -71,7 +74,8 @@ def describe(run: RunConfig) -> RenderableType:
         seen.add(short)
         where = ", ".join(map(str, place.stages))
         if short != name:
-            where = "; ".join(f"{s}: layers {r.start}-{r.stop - 1}" for s, r in enumerate(stages))
+            ranges = [" and ".join(f"{r.start}-{r.stop - 1}" for r in runs) for runs in held]
+            where = "; ".join(f"{s}: layers {text}" for s, text in enumerate(ranges))
         places.add_row(short, str(list(place.shape)), where, _split(place), ", ".join(_summed(run, place)) or "nothing")
     bytes_ = Table(title="what a rank hands to torch.distributed in one step", title_justify="left")
     for column in ("axis", "operation", "when"):

@@ -38,10 +38,10 @@ def load_parallel(
         config, state: of the whole model, as `load_hf` gives them.
     """
     everything = ("",)  # every name begins so: nothing is trained, and there are no gradient buffers
-    parallel = parallelize(
-        replace(run, model=config, train=replace(run.train, freeze=everything, sequence_parallel=False)), mesh, device
-    )
-    for block in parallel.model.layers.values():
+    # a line of stages, whatever the run was trained with
+    train = replace(run.train, freeze=everything, sequence_parallel=False, schedule="1f1b")
+    parallel = parallelize(replace(run, model=config, train=train), mesh, device)
+    for block in (block for chunk in parallel.chunks for block in chunk.layers.values()):
         assert isinstance(block, Block)
         block.attention.attend = attend  # cp ranks are replicas here: each is given all tokens
     index = parallel.index

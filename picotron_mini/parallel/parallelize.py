@@ -26,10 +26,12 @@ from ..memory.recompute import recompute
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
+from .actions import Route, route_of
+from .balance import balance
 from .context import context_parallel
 from .data import GradientBuckets
+from .deferred import Deferred
 from .rows import alike
-from .schedules import balance
 from .tensor import is_partial, sharded_dim, tensor_parallel
 from .zero import ShardedGradients
 from .zero3 import ShardedWeights, empty, head_with_loss
@@ -44,11 +46,28 @@ class Parallel:
     run: RunConfig
     mesh: Mesh
     layout: Layout
-    model: GPT  # this stage's layers, this rank's slices
+    chunks: tuple[GPT, ...]  # this stage's runs of layers, one or (with virtual stages) more; this rank's slices
     parameters: dict[str, nn.Parameter]  # by global name
     masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters, or its rows
     gradients: GradientBuckets | ShardedGradients | ShardedWeights
     device: torch.device
+
+    deferred: Deferred | None = None  # with which a schedule may put off the weight gradients of linear layers
+
+    @property
+    def model(self) -> GPT:
+        """What this stage holds, where that is one run of layers.
+
+        Raises:
+            ValueError: there are several.
+        """
+        (only,) = self.chunks
+        return only
+
+    @property
+    def route(self) -> Route:
+        """Where the virtual stages are."""
+        return route_of(self.run.train.schedule, self.mesh.shape.pp, self.run.train.chunks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +94,7 @@ class Parallel:
 
 
 def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
-    """Which layers each pipeline stage holds, balanced by forward flops, the head's included."""
+    """Which layers each (virtual) pipeline stage holds, balanced by forward flops, the head's included."""
     costs = [layer_flops(model, seq_len)] * model.num_layers
     return balance(costs, stages, last_extra=head_flops(model))
 
@@ -90,17 +109,18 @@ def layout_of(run: RunConfig) -> Layout:
         run: resolved, with the vocabulary's size filled.
     """
     model, mesh, train = run.model, run.mesh, run.train
-    stages = stage_layers(model, mesh.pp, train.seq_len)
+    route = route_of(train.schedule, mesh.pp, train.chunks)
+    parts, first, last = stage_layers(model, route.length, train.seq_len), route.stage(0), route.stage(route.length - 1)
     out = {}
     for name, shape in parameter_shapes(model).items():
         sum_axes: tuple[str, ...] = ("dp", "cp") if mesh.cp > 1 else ("dp",)
         if name.startswith("layers."):
             layer = int(name.split(".")[1])
-            holders: tuple[int, ...] = (next(s for s, layers in enumerate(stages) if layer in layers),)
+            holders: tuple[int, ...] = (next(route.stage(n) for n, layers in enumerate(parts) if layer in layers),)
         elif name == "embed.weight":
-            holders = (0, mesh.pp - 1) if model.tie_embeddings and mesh.pp > 1 else (0,)
+            holders = (first, last) if model.tie_embeddings and first != last else (first,)
         else:
-            holders = (mesh.pp - 1,)
+            holders = (last,)
         dim = sharded_dim(name)
         shards: tuple[Shard, ...] = (
             (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
@@ -140,18 +160,25 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     layout = layout_of(run)
 
     # 1 pipeline, 2 tensor, context: on the meta device, where tensors have shapes and no memory
-    layers = stage_layers(config, mesh.shape.pp, train.seq_len)[index["pp"]]
+    route = route_of(train.schedule, mesh.shape.pp, train.chunks)
+    parts = stage_layers(config, route.length, train.seq_len)
+    positions = [route.position(index["pp"], chunk) for chunk in range(route.chunks)]
     with torch.device("meta"):
-        model = GPT(config, layers=layers, embed=index["pp"] == 0, head=index["pp"] == mesh.shape.pp - 1)
-    tensor_parallel(model, mesh["tp"], train.sequence_parallel)
-    context_parallel(model, mesh["cp"], train.context)
+        chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
+    for chunk in chunks:
+        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel)
+        context_parallel(chunk, mesh["cp"], train.context)
+    # the weight gradients of linear layers on their own, where the schedule does them on their own
+    deferred = Deferred(chunks) if train.schedule in ("zb-h1", "zb-v") else None
 
     # 3 weights
-    if train.zero == 3:  # the whole is never here at once
-        model._apply(lambda weight: empty(weight, device))
-    else:
-        model.to_empty(device=device)
-    parameters = {global_name(config, name): p for name, p in model.named_parameters()}
+    for chunk in chunks:
+        if train.zero == 3:  # the whole is never here at once
+            chunk._apply(lambda weight: empty(weight, device))
+        else:
+            chunk.to_empty(device=device)
+    _tie(chunks)
+    parameters = {global_name(config, name): p for chunk in chunks for name, p in chunk.named_parameters()}
     dtype = DTYPES[train.dtype]
     master_dtype = torch.promote_types(dtype, torch.float32)
     masters: dict[str, Tensor] = {}
@@ -172,35 +199,50 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
 
     # 5 compile
     if train.compile:
-        for block in model.layers.values():
+        for block in [block for chunk in chunks for block in chunk.layers.values()]:
             block.forward = torch.compile(block.forward, fullgraph=True)
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
-            model.cross_entropy = torch.compile(model.cross_entropy)
+            for chunk in chunks:
+                chunk.cross_entropy = torch.compile(chunk.cross_entropy)
 
     # 6 recompute
-    recompute(model, train.recompute)
-    chunked_loss(model, train.loss_chunks)
+    for chunk in chunks:
+        recompute(chunk, train.recompute)
+        chunked_loss(chunk, train.loss_chunks)
 
     # 7 data
     if train.zero:
         rows = {p: layout[name].shards[-1].ranges[0][1] for name, p in parameters.items()}
-        sharded = _sharded(model, parameters, mesh, train, rows)
+        sharded = _sharded(chunks, parameters, mesh, train, rows)
         for name, parameter in parameters.items():
             sharded.own(parameter).copy_(masters[name])
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
-        return Parallel(run, mesh, layout, model, parameters, masters, sharded, device)
+        return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, deferred)
     buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
-    return Parallel(run, mesh, layout, model, parameters, masters, buckets, device)
+    return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, deferred)
+
+
+def _tie(chunks: list[GPT]) -> None:
+    """Where a V brings a tied embedding and the head to one stage, they are one weight there."""
+    embed = next((chunk.embed for chunk in chunks if chunk.embed is not None), None)
+    head = next((chunk.head for chunk in chunks if chunk.head is not None), None)
+    if chunks[0].config.tie_embeddings and embed is not None and head is not None:
+        head.weight = embed.get_parameter("weight")
 
 
 def _sharded(
-    model: GPT, parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig, rows: dict[nn.Parameter, int]
+    chunks: list[GPT],
+    parameters: dict[str, nn.Parameter],
+    mesh: Mesh,
+    train: TrainConfig,
+    rows: dict[nn.Parameter, int],
 ) -> ShardedGradients | ShardedWeights:
     """Cut over dp what `zero` says. Rows: of dim 0, that each dp rank owns."""
     axis, across = mesh.halves("dp", train.zero_group or mesh.shape.dp)
     copies = [each for each in (across, mesh["cp"]) if each.size > 1]
     if train.zero == 3:
+        (model,) = chunks
         units = [model.embed, *model.layers.values(), model.norm, head_with_loss(model)]
         return ShardedWeights([unit for unit in units if unit is not None], axis, rows=rows, copies=copies)
     start = "last" if train.zero == 1 else "each"

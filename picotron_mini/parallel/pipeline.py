@@ -14,12 +14,15 @@ the engine of every training step. With one stage nothing is sent, and F0 B0 F1 
     forward m     h = receive(previous)      out = forward(m, h)      send(out, next)
     backward m    g = receive(next)          autograd(out, g)         send(h.grad, previous)
 
+A stage may hold several chunks of the model (`Route`); what goes from one to another of its own stays where it is. And
+a backward may come in two halves (`deferred.py`): I sends h.grad, W computes the weights' gradients later.
+
 Sends and receives run beside the computation. Four rules keep them from waiting for each other for ever:
 
-- Activations and gradients travel in two process groups. They meet between two stages, and NCCL runs the
-  messages of a group in order: in one group, a send that nobody receives yet would block the receive behind it.
-- Every stage receives in the order in which its neighbour sends. Both schedules go through the micro-batches in
-  order, so no message carries a label.
+- What travels down the stages and what travels up have a process group each. They meet between two stages, and NCCL
+  runs the messages of a group in order: in one group, a send that nobody receives yet would block the receive behind.
+- Every stage receives in the order in which its neighbour sends, so no message carries a label. On a line of stages
+  that is everyone's own order; else the order is made once, from the schedule (`receives.py`).
 - A gradient always travels back, even zeros from a stage whose output does not depend on its input, and even to
   a frozen stage that has no use for it. Who sends what does not depend on which weights are trained.
 - At most two sends a direction are under way (a double buffer). The neighbour receives them in order and needs
@@ -27,6 +30,7 @@ Sends and receives run beside the computation. Four rules keep them from waiting
 
 Cost, counted as what a stage hands to `torch.distributed`, with `m` micro-batches: each stage but the last sends
 m * B*T*D*itemsize bytes of activations, each but the first as many bytes of gradients, however many layers it has.
+With several chunks it does so for each border between two stages.
 (Tensor parallelism hands over the same tensor four times in every layer.) The price of a pipeline is its bubble.
 
 Papers: GPipe (arXiv 1811.06965), PipeDream-flush (arXiv 2006.09503), Megatron-LM (arXiv 2104.04473).
@@ -43,58 +47,67 @@ from torch import Tensor
 
 from ..collectives import Work, receive, send
 from ..mesh import Axis
-from .schedules import Action, Kind
+from .actions import Action, Message, Route
+from .deferred import Deferred, WeightProduct
+from .receives import Receives, receives_in_one_order, receives_in_own_order
 
 SENDS_UNDER_WAY = 2  # a direction: one travels while the next is computed
 
+Forward = Callable[[int, Tensor | None], Tensor]
 
-class _Channel:
-    """One direction of traffic: receives from one neighbour, sends to the other, in order and without waiting."""
 
-    def __init__(self, axis: Axis, step: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device):
-        self.axis, self.source, self.to = axis, axis.index - step, axis.index + step
+class _Mail:
+    """The messages of one stage: receives started ahead, sends kept alive until they are gone, and its own notes."""
+
+    def __init__(
+        self, route: Route, down: Axis, up: Axis, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.route, self.stage, self.axes = route, down.index, {True: down, False: up}
         self.shape, self.dtype, self.device = tuple(shape), dtype, device
-        self.posted: deque[tuple[Tensor, Work]] = deque()  # receives that were started and not taken yet
-        self.sending: deque[tuple[Tensor, Work]] = deque()  # keeps the tensors alive until they are gone
-        self.open = False  # whether a first receive was started
+        self.posted: dict[Message, tuple[Tensor, Work | None]] = {}  # started, or left here by another chunk
+        self.sending: dict[bool, deque[tuple[Tensor, Work]]] = {True: deque(), False: deque()}
 
-    def post(self) -> None:
-        """Start receiving the next message [B, T, D], if there is a neighbour that sends any."""
-        self.open = True
-        if 0 <= self.source < self.axis.size:
+    def post(self, message: Message) -> None:
+        """Start receiving a message [B, T, D]; one from a chunk of this very stage needs no receive."""
+        source, to = self.route.ends(message)
+        if source != to:
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            self.posted.append((buffer, receive(buffer, self.axis, self.source)))
+            self.posted[message] = buffer, receive(buffer, self.axes[self.route.goes_down(message)], source)
 
-    def take(self) -> Tensor | None:
-        """The oldest message that was posted, [B, T, D]; `None` at the end of the pipeline where none arrive."""
-        if not self.posted:
+    def take(self, message: Message | None) -> Tensor | None:
+        """A message that was posted, [B, T, D]; `None` at the ends of the pipeline, where none arrive."""
+        if message is None:
             return None
-        buffer, work = self.posted.popleft()
-        work.wait()
+        buffer, work = self.posted.pop(message)
+        if work is not None:
+            work.wait()
         return buffer
 
-    def put(self, x: Tensor) -> None:
-        """Start sending x [B, T, D], if there is a neighbour that wants it."""
-        if 0 <= self.to < self.axis.size:
-            if len(self.sending) == SENDS_UNDER_WAY:
-                self._finish_oldest()
-            x = x.detach().contiguous()
-            self.sending.append((x, send(x, self.axis, self.to)))
+    def put(self, message: Message | None, x: Tensor) -> None:
+        """Start sending x [B, T, D], or leave it for another chunk of this stage."""
+        if message is None:
+            return
+        x, (source, to), down = x.detach(), self.route.ends(message), self.route.goes_down(message)
+        if source == to:
+            self.posted[message] = x, None
+            return
+        queue = self.sending[down]
+        if len(queue) == SENDS_UNDER_WAY:
+            queue.popleft()[1].wait()
+        x = x.contiguous()
+        queue.append((x, send(x, self.axes[down], to)))
 
     def drain(self) -> None:
         """Wait until everything is sent."""
-        while self.sending:
-            self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        _, work = self.sending.popleft()
-        work.wait()
+        for queue in self.sending.values():
+            while queue:
+                queue.popleft()[1].wait()
 
 
 def run_pipeline(
     actions: Sequence[Action],
     *,
-    forward: Callable[[int, Tensor | None], Tensor],
+    forward: Forward | Sequence[Forward],
     axis: Axis,
     gradient_axis: Axis,
     shape: Sequence[int],
@@ -102,104 +115,108 @@ def run_pipeline(
     device: torch.device,
     before_last_backward: Callable[[], object] | None = None,
     after_backward: Callable[[], object] | None = None,
+    route: Route | None = None,
+    receives: Receives | None = None,
+    deferred: Deferred | None = None,
 ) -> Tensor:
     """Run the actions of this stage; gradients add up in `.grad` of the parameters that `forward` uses.
 
     Args:
         actions: what `schedule(axis.index, axis.size, micro_batches)` returned.
-        forward: the stage, `forward(m, hidden)` for micro-batch m. `hidden` [B, T, D] is `None` on the first
-            stage, which finds its own tokens. Returns hidden states [B, T, D]; on the last stage a scalar, this
-            micro-batch's share of the loss, already divided by the global number of target tokens.
-        axis: the pipeline's mesh axis, that activations travel on.
-        gradient_axis: the same ranks with a process group of their own, that gradients travel on.
+        forward: the stage, `forward(m, hidden)` for micro-batch m, or one such function for each of its chunks.
+            `hidden` [B, T, D] is `None` at the model's beginning, which finds its own tokens. Returns hidden states
+            [B, T, D]; at the model's end a scalar, this micro-batch's share of the loss, already divided by the
+            global number of target tokens.
+        axis: the pipeline's mesh axis, for what travels down the stages: on a line the activations.
+        gradient_axis: the same ranks with a process group of their own, for what travels up.
         shape, dtype, device: of the hidden states at the borders, the same on all stages.
-        before_last_backward: called once before this stage's last backward. From here on each gradient that
-            becomes ready is final, so that a data-parallel reducer may start to sum it over the replicas.
-        after_backward: called after each backward, when all gradients of that micro-batch are there (ZeRO 2 and 3).
+        before_last_backward: called once before this stage's last whole backward. With one chunk, from here on each
+            gradient that becomes ready is final, so that a data-parallel reducer may start to sum it over the replicas.
+        after_backward: called after each whole backward; with one chunk all gradients of its micro-batch are there.
+        route: where the virtual stages are; None: one a stage.
+        receives: what to start receiving before each action; None: in this stage's own order, right on a line.
+        deferred: of the chunks' linear layers, if the schedule splits backwards.
 
     Returns:
-        The sum of the losses, a detached scalar of at least float32, on the last stage; 0 on the others.
+        The sum of the losses, a detached scalar of at least float32, where the model ends; 0 on the other stages.
 
     Raises:
         ValueError: `forward` returned hidden states of another shape or dtype than was announced to the neighbours.
     """
-    channels: dict[Kind, _Channel] = {
-        "forward": _Channel(axis, 1, shape, dtype, device),
-        "backward": _Channel(gradient_axis, -1, shape, dtype, device),
-    }
-    activations, gradients = channels["forward"], channels["backward"]
-    last_stage = axis.index == axis.size - 1
+    stage, route = axis.index, route or Route(axis.size)
+    chunks = [forward] if callable(forward) else forward
+    mail = _Mail(route, axis, gradient_axis, shape, dtype, device)
     loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=device)
-    live: dict[int, tuple[Tensor | None, Tensor]] = {}  # micro-batch -> stage input, stage output with its graph
+    live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}  # (chunk, m) -> input, output with its graph
+    waiting: dict[tuple[int, int], list[WeightProduct]] = {}  # (chunk, m) -> what its W has to do
 
-    def run_forward_of(m: int) -> None:
-        hidden = activations.take()
+    def run_forward_of(action: Action) -> None:
+        hidden, made = mail.take(route.needs(stage, action)), route.makes(stage, action)
         if hidden is not None:
             hidden.requires_grad_(torch.is_grad_enabled())  # a leaf: its gradient is what goes back
-        output = forward(m, hidden)
-        if last_stage:
+        output = chunks[action.chunk](action.micro_batch, hidden)
+        if made is None:
             loss.add_(output.detach())
         else:
             _check(output, shape, dtype)
-            activations.put(output)
+            mail.put(made, output)
         if torch.is_grad_enabled():
-            live[m] = hidden, output
+            live[action.chunk, action.micro_batch] = hidden, output
 
-    def run_backward_of(m: int) -> None:
-        gradient = gradients.take()  # None on the last stage: the derivative of the loss by itself is 1
-        hidden, output = live.pop(m)  # the activations end with this function
+    def run_backward_of(action: Action) -> None:
+        gradient = mail.take(route.needs(stage, action))  # None at the end: the derivative of the loss by itself is 1
+        hidden, output = live.pop((action.chunk, action.micro_batch))  # the activations end with this function
         if output.requires_grad:  # not where everything up to here is frozen
             torch.autograd.backward(output, gradient)
         if hidden is not None:
-            gradients.put(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+            mail.put(route.makes(stage, action), torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
 
     backwards = sum(action.kind == "backward" for action in actions)
-    for action, upcoming in zip(actions, [*actions, None][1:], strict=True):
-        _post_ahead(channels, action, upcoming)
+    for action, upcoming in zip(actions, receives or receives_in_own_order(actions, route, stage), strict=True):
+        for message in upcoming:
+            mail.post(message)
         if action.kind == "forward":
-            run_forward_of(action.micro_batch)
-        else:
+            run_forward_of(action)
+        elif action.kind == "backward":
             backwards -= 1
             if backwards == 0 and before_last_backward is not None:
                 before_last_backward()
-            run_backward_of(action.micro_batch)
+            run_backward_of(action)
             if after_backward is not None:
                 after_backward()
-    activations.drain()
-    gradients.drain()
+        elif action.kind == "backward_input":
+            assert deferred is not None, "a schedule that splits backwards needs linear layers that do"
+            with deferred.collecting() as waiting[action.chunk, action.micro_batch]:
+                run_backward_of(action)
+        else:
+            products = waiting.pop((action.chunk, action.micro_batch))
+            while products:
+                products.pop(0).run()  # each is freed before the next is computed
+    mail.drain()
     return loss
 
 
 def run_forward(
     micro_batches: int,
     *,
-    forward: Callable[[int, Tensor | None], Tensor],
+    forward: Forward | Sequence[Forward],
     axis: Axis,
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
+    gradient_axis: Axis | None = None,
+    route: Route | None = None,
 ) -> Tensor:
     """Forwards only, for validation: the arguments and the returned loss are those of `run_pipeline`."""
-    actions = [Action("forward", m) for m in range(micro_batches)]
+    route = route or Route(axis.size)
+    groups = [range(start, min(start + axis.size, micro_batches)) for start in range(0, micro_batches, axis.size)]
+    actions = [Action("forward", m, chunk) for group in groups for chunk in range(route.chunks) for m in group]
+    receives = None if route.chunks == 1 else receives_in_one_order([actions] * axis.size, route)[axis.index]
     with torch.no_grad():
         return run_pipeline(
-            actions, forward=forward, axis=axis, gradient_axis=axis, shape=shape, dtype=dtype, device=device
-        )
-
-
-def _post_ahead(channels: dict[Kind, _Channel], action: Action, upcoming: Action | None) -> None:
-    """Receive for this action, and already for the next one, so that its input travels during this computation.
-
-    The first message of a direction waits for its turn, though: NCCL may set up the connection with it, and
-    then holds this process until the neighbour joins, who may need the result of this very action first.
-    """
-    mine = channels[action.kind]
-    if not mine.posted:
-        mine.post()
-    if upcoming is not None:
-        theirs = channels[upcoming.kind]
-        if theirs.open and len(theirs.posted) < (2 if theirs is mine else 1):
-            theirs.post()
+            actions, forward=forward, axis=axis, gradient_axis=gradient_axis or axis, shape=shape, dtype=dtype,
+            device=device, route=route, receives=receives,
+        )  # fmt: skip
 
 
 def _check(output: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -23,7 +23,8 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
                                                                 cp as well
     pp      send          m a from all but the last stage       activations (m a / tp with sequence parallelism)
             send          m a from all but the first            their gradients
-            send          g elements, from both ends            a tied embedding
+                          with virtual stages, both for each border of each chunk where the other side is elsewhere
+            send          g elements, from both ends            a tied embedding, if the ends are on two stages
     cp      send          m (cp-1) (kv itemsize + 8 B T) a layer    ring: keys, values; documents where masked
             send          m kv ((cp-1) itemsize + cp g) a layer     backward: keys, values; their gradients
             all_to_all    2 m B T (2 H + 2 Hkv) Dh itemsize a layer    ulysses: into heads and back, forward, backward
@@ -43,6 +44,7 @@ from collections.abc import Mapping
 
 from ..config import RunConfig
 from ..layout import Layout, Placement
+from .actions import route_of
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 Traffic = Counter[tuple[str, str]]  # (axis, operation) -> bytes
@@ -62,7 +64,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     wide = max(itemsize, 4)
     tokens = train.micro_batch_size * train.seq_len // mesh.cp
     hidden = tokens * run.model.hidden_size * itemsize
-    first, last = index["pp"] == 0, index["pp"] == mesh.pp - 1
+    first, last = index["pp"] == layout["embed.weight"].stages[0], layout["norm.weight"].holds(index)
 
     out: Traffic = Counter()
     data = "dp" if mesh.cp == 1 else "dp_cp"
@@ -88,7 +90,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
         out += _context(run, list(mine), set(trained), tokens, flows=not first)
     if mesh.pp > 1:
         border = hidden // mesh.tp if train.sequence_parallel else hidden
-        out["pp", "send"] += train.micro_batches * border * ((not last) + (not first))
+        out["pp", "send"] += train.micro_batches * border * _borders(run, index["pp"])
         out["pp", "send"] += wide * sum(n for name, n in trained.items() if "pp" in mine[name].sum_axes)
     if mesh.world_size > 1:
         out["world", "all_reduce"] += 24
@@ -141,6 +143,7 @@ def _context(run: RunConfig, names: list[str], trained: set[str], tokens: int, f
     for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
         own = [name for name in trained if name.startswith(f"layers.{layer}.")]
         above = ("attention.o.weight", "mlp_norm.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
+        flows = flows or int(layer) in _later_chunks(names)
         reached = flows or "embed.weight" in trained or any(not name.endswith(above) for name in own)
         flows = reached or bool(own)
         forwards = 1 + (flows and train.recompute == "full")
@@ -151,6 +154,14 @@ def _context(run: RunConfig, names: list[str], trained: set[str], tokens: int, f
             out["cp", "all_to_all"] += train.micro_batches * trade * (forwards + reached)
             out["cp", "all_gather"] += train.micro_batches * documents * forwards
     return out
+
+
+def _borders(run: RunConfig, stage: int) -> int:
+    """How many neighbours on other stages the chunks of a stage have: each is sent one message a micro-batch."""
+    route = route_of(run.train.schedule, run.mesh.pp, run.train.chunks)
+    mine = [route.position(stage, chunk) for chunk in range(route.chunks)]
+    others = [other for n in mine for other in (n - 1, n + 1) if 0 <= other < route.length]
+    return sum(route.stage(other) != stage for other in others)
 
 
 def _with_gradient(names: list[str], trained: set[str], first: bool, last: bool) -> tuple[int, int]:
@@ -165,6 +176,7 @@ def _with_gradient(names: list[str], trained: set[str], first: bool, last: bool)
     flows = not first  # the input of a later stage always gets a gradient
     entries, exits = 0, int(first and "embed.weight" in trained)
     for name in names:
+        flows = flows or _layer(name) in _later_chunks(names)
         if name.endswith(("attention.q.weight", "mlp.gate.weight")):
             pair = name.rsplit(".", 2)[0] + "."
             entries += flows
@@ -179,7 +191,18 @@ def _recomputed(names: list[str], trained: set[str], first: bool) -> int:
     """How many layers of a stage backward passes, and so recomputes: those that hold or lie above a trained weight."""
     flows, layers = not first, dict[str, bool]()
     for name in names:
-        flows = flows or name in trained
+        flows = flows or name in trained or _layer(name) in _later_chunks(names)
         if name.startswith("layers."):
             layers[name.split(".")[1]] = flows
     return sum(layers.values())
+
+
+def _layer(name: str) -> int:
+    """The number of a parameter's layer; -1 if it is in none."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else -1
+
+
+def _later_chunks(names: list[str]) -> set[int]:
+    """The layers that begin a later chunk of a stage: what is below is elsewhere, so their input has a gradient."""
+    layers = {_layer(name) for name in names}
+    return {layer for layer in layers if layer > 0 and layer - 1 not in layers}

@@ -57,7 +57,8 @@ class _Bucket:
     whole: Tensor | None = None  # [N, C + P], what this rank has to give
     added: list[bool] = field(default_factory=list)  # which parameters `whole` has a gradient of
     seen: list[bool] = field(default_factory=list)  # ... in this step, on any rank once `finish` is done
-    waiting: int = 0  # parameters that this backward has not reached
+    waiting: int = 0  # how many gradients are still to be added before the reduction
+    additions: int = 0  # ... and how many there are each time
 
 
 class ShardedGradients:
@@ -119,7 +120,7 @@ class ShardedGradients:
             if self.when == "last":  # stays between the steps
                 each.whole = each.whole.zero_() if each.whole is not None else self._room(each)
             each.added, each.seen = [False] * len(each.cuts), [False] * len(each.cuts)
-            each.waiting = len(each.cuts)
+            each.waiting = each.additions = len(each.cuts)
 
     def _room(self, into: _Bucket) -> Tensor:
         return into.shard.new_zeros(self.axis.size, len(into.shard))
@@ -137,6 +138,10 @@ class ShardedGradients:
         into.added[number] = into.seen[number] = True
         if self.armed or self.when == "each":
             into.waiting -= 1
+            if self.when == "each" and self.armed:
+                if into.waiting == 0:
+                    self._start(into)
+                return
             while self.next < len(self.buckets) and self.buckets[self.next].waiting == 0:
                 self._start(self.buckets[self.next])
 
@@ -156,7 +161,7 @@ class ShardedGradients:
             if not added:
                 flags[:, number] = 0.0
         if self.when != "last":  # the room is free again when the sum is there
-            each.whole, each.added, each.waiting = None, [False] * len(each.cuts), len(each.cuts)
+            each.whole, each.added, each.waiting = None, [False] * len(each.cuts), each.additions
         total = torch.empty_like(each.shard)
         self._under_way.append((each, whole, total, reduce_scatter_async(total, whole, self.axis)))
         if len(self._under_way) > UNDER_WAY:
@@ -167,12 +172,21 @@ class ShardedGradients:
         work.wait()
         each.shard.add_(total)
 
-    def arm(self) -> None:
-        """Say that the next backward is the step's last: its gradients are final, so reductions may start."""
-        self.armed = self.when == "last"
+    def arm(self, times: Mapping[nn.Parameter, int] | None = None) -> None:
+        """Say that the next backward is the step's last: its gradients are final, so reductions may start.
+
+        Args:
+            times: say instead how often each gradient will be added to before its reduction, 1 where nothing is said:
+                in the step, or with start="each" in each micro-batch. For a pipeline in which the gradients of different
+                parameters become final at different times; all ranks must make the same additions in the same order.
+        """
+        self.armed = self.when == "last" or times is not None
+        if times is not None:
+            for each in self.buckets:
+                each.waiting = each.additions = sum(times.get(place.parameter, 1) for place in each.cuts)
 
     def after_backward(self) -> None:
-        """Reduce what a micro-batch's backward did not complete. After each backward, on every rank."""
+        """Reduce what a micro-batch's backward did not complete. After each, on every rank, unless `arm` said more."""
         if self.when == "each":
             for each in self.buckets[self.next :]:
                 self._start(each)
@@ -180,9 +194,8 @@ class ShardedGradients:
 
     def finish(self) -> None:
         """Start what has not started, wait for all of it. Once a step, on every rank."""
-        if self.when == "last":
-            for each in self.buckets[self.next :]:
-                self._start(each)
+        for each in self.buckets[self.next :] if self.when == "last" else []:
+            self._start(each)
         while self._under_way:
             self._finish_oldest()
         for axis in self.copies:

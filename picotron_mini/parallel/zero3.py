@@ -181,7 +181,7 @@ class ShardedWeights:
         """Forget the gradients, before the next step."""
         self.gradients.reset()
 
-    def arm(self) -> None:
+    def arm(self, times: Mapping[nn.Parameter, int] | None = None) -> None:
         """Nothing: every micro-batch's gradients are reduced in its own backward."""
 
     def after_backward(self) -> None:

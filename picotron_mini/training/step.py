@@ -10,21 +10,26 @@ targets over dp and cp (8 bytes) before, and three float64 over all ranks (loss,
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..collectives import all_reduce
 from ..data.loader import Batch
-from ..model.gpt import IGNORE
+from ..model.gpt import GPT, IGNORE
+from ..parallel.actions import Route
 from ..parallel.chunks import context_slice
 from ..parallel.data import GradientBuckets
+from ..parallel.deferred import additions
 from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
-from ..parallel.pipeline import run_forward, run_pipeline
-from ..parallel.schedules import SCHEDULES
+from ..parallel.pipeline import Forward, run_forward, run_pipeline
+from ..parallel.receives import Receives, receives_in_one_order
+from ..parallel.schedules import find_schedule
 from .optimizer import clip_factor
 
 
@@ -48,34 +53,62 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         The summed loss of this rank's tokens (0 except on the last stage) divided by the global number of targets,
         and that number; both scalars on the device.
     """
-    train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
+    train, mesh = parallel.run.train, parallel.mesh
     micro_batches = [context_slice(batch, mesh["cp"], train.context) for batch in micro_batches]
     targets = sum((batch.targets != IGNORE).sum() for batch in micro_batches)
     tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp_cp"])
-
-    def forward(m: int, hidden: Tensor | None) -> Tensor:
-        batch = micro_batches[m]
-        documents = batch.documents if train.document_mask else None
-        out = model(batch.tokens if hidden is None else hidden, batch.positions, documents)
-        return out if model.head is None else model.loss(out, batch.targets) / tokens
-
-    pp = mesh["pp"]
+    pp, route, split = mesh["pp"], parallel.route, parallel.deferred is not None
+    schedule, receives = find_schedule(train.schedule, route.chunks), None
+    if route.chunks > 1:
+        receives = _receives(train.schedule, route, len(micro_batches))[pp.index]
     gradients = parallel.gradients
     gradients.reset()
+    at_once = route.chunks == 1 and not split  # every gradient is final in the last backward
+    if not at_once:
+        each = sum((additions(chunk, split) for chunk in parallel.chunks), Counter[nn.Parameter]())
+        rounds = 1 if train.zero == 2 else len(micro_batches)  # ZeRO 2 reduces in each micro-batch
+        gradients.arm({parameter: n * rounds for parameter, n in each.items()})
     loss = run_pipeline(
-        SCHEDULES[train.schedule](pp.index, pp.size, len(micro_batches)),
-        forward=forward,
+        schedule(pp.index, pp.size, len(micro_batches)),
+        forward=_stage(parallel, micro_batches, tokens),
         axis=pp,
         gradient_axis=mesh["pp.backward"],
         shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
-        before_last_backward=gradients.arm,
-        after_backward=None if isinstance(gradients, GradientBuckets) else gradients.after_backward,
+        before_last_backward=gradients.arm if at_once else None,
+        after_backward=None if isinstance(gradients, GradientBuckets) or not at_once else gradients.after_backward,
+        route=route,
+        receives=receives,
+        deferred=parallel.deferred,
     )
     gradients.finish()
     sum_partial_gradients(gradients_of(parallel), parallel.layout, mesh)
     return loss, tokens
+
+
+def _stage(parallel: Parallel, batches: Sequence[Batch], tokens: Tensor | int) -> Forward | list[Forward]:
+    """What the pipeline's executor calls for a micro-batch: one function, or one for each chunk of this stage."""
+    with_documents = parallel.run.train.document_mask
+
+    def of(chunk: GPT) -> Forward:
+        def forward(m: int, hidden: Tensor | None) -> Tensor:
+            batch = batches[m]
+            documents = batch.documents if with_documents else None
+            out = chunk(batch.tokens if hidden is None else hidden, batch.positions, documents)
+            return out if chunk.head is None else chunk.loss(out, batch.targets) / tokens
+
+        return forward
+
+    forwards = [of(chunk) for chunk in parallel.chunks]
+    return forwards if len(forwards) > 1 else forwards[0]
+
+
+@cache
+def _receives(name: str, route: Route, micro_batches: int) -> list[Receives]:
+    """When each stage starts which receive: the same in every step."""
+    schedule = find_schedule(name, route.chunks)
+    return receives_in_one_order([schedule(s, route.stages, micro_batches) for s in range(route.stages)], route)
 
 
 def gradients_of(parallel: Parallel) -> dict[str, Tensor]:
@@ -143,24 +176,19 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         batches: this data rank's share; as many on every rank.
         stop: this rank was asked to stop; the third value says whether any was.
     """
-    train, mesh, model = parallel.run.train, parallel.mesh, parallel.model
-    batches = [context_slice(batch, mesh["cp"], train.context) for batch in batches]
-
-    def forward(m: int, hidden: Tensor | None) -> Tensor:
-        batch = batches[m]
-        documents = batch.documents if train.document_mask else None
-        out = model(batch.tokens if hidden is None else hidden, batch.positions, documents)
-        return out if model.head is None else model.loss(out, batch.targets)
-
+    mesh, route = parallel.mesh, parallel.route
+    batches = [context_slice(batch, mesh["cp"], parallel.run.train.context) for batch in batches]
     loss = run_forward(
         len(batches),
-        forward=forward,
+        forward=_stage(parallel, batches, 1),
         axis=mesh["pp"],
+        gradient_axis=mesh["pp.backward"],
+        route=route,
         shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
     ).double()
-    first = mesh["tp"].index == 0 and mesh["pp"].index == mesh["pp"].size - 1
+    first = mesh["tp"].index == 0 and mesh["pp"].index == route.stage(route.length - 1)
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
     asked = torch.full_like(loss, float(stop))
     mine = torch.stack([loss * first, torch.full_like(loss, float(tokens * first)), asked])

@@ -3,7 +3,7 @@
 import graphlib
 import itertools
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -14,8 +14,11 @@ from picotron_mini.config import MeshShape
 from picotron_mini.launch import RankError, launch
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.parallel import pipeline
+from picotron_mini.parallel.actions import Route, route_of
+from picotron_mini.parallel.deferred import Deferred
 from picotron_mini.parallel.pipeline import run_forward, run_pipeline
-from picotron_mini.parallel.schedules import SCHEDULES, Action, balance
+from picotron_mini.parallel.receives import receives_in_one_order, receives_in_own_order
+from picotron_mini.parallel.schedules import SCHEDULES, Action, balance, find_schedule
 
 B, T, D, V, LAYERS, MICRO_BATCHES = 2, 3, 4, 7, 5, 5
 CASES = [(name, m, frozen) for name in SCHEDULES for m in range(1, MICRO_BATCHES + 1) for frozen in (False, True)]
@@ -216,7 +219,7 @@ def test_wrong_shape_is_named_before_it_is_sent():
 # "cannot happen before". A cycle is a deadlock.
 
 
-def communication(monkeypatch, schedule, stage, stages, micro_batches, channels):
+def communication(monkeypatch, schedule, stage, stages, micro_batches, channels, route=None, receives=None):
     """The calls of one stage in host order: ("send" | "recv" | "wait", channel, peer, number of the message)."""
     calls, counts = [], defaultdict(int)
 
@@ -239,11 +242,19 @@ def communication(monkeypatch, schedule, stage, stages, micro_batches, channels)
     monkeypatch.setattr(pipeline, "send", call("send"))
     monkeypatch.setattr(pipeline, "receive", call("recv"))
     axes = [Axis(name, stages, stage, tuple(range(stages))) for name in channels]
+    route = route or Route(stages)
+    ends = [route.position(stage, chunk) == route.length - 1 for chunk in range(route.chunks)]
     run_pipeline(
-        schedule(stage, stages, micro_batches), forward=lambda m, h: torch.ones(()) if stage == stages - 1 else
-        torch.ones(1), axis=axes[0], gradient_axis=axes[1], shape=(1,), dtype=torch.float32,
-        device=torch.device("cpu"),
+        schedule(stage, stages, micro_batches),
+        forward=[lambda m, h, end=end: torch.ones(()) if end else torch.ones(1) for end in ends],
+        axis=axes[0], gradient_axis=axes[1], shape=(1,), dtype=torch.float32, device=torch.device("cpu"), route=route,
+        receives=receives, deferred=Deferred([]),
     )  # fmt: skip
+    under_way = Counter()
+    for kind, channel, source, _, _ in calls:
+        under_way[channel] += (kind == "send") - (kind == "wait" and source == stage)
+        assert under_way[channel] <= pipeline.SENDS_UNDER_WAY
+    assert not any(under_way.values())
     return calls
 
 
@@ -298,6 +309,38 @@ def test_no_deadlock_under_the_rules_of_nccl(monkeypatch, name):
         ]
         assert not nccl_deadlock(traces, lazy=False), (stages, m)
         assert not nccl_deadlock(traces, lazy=True), (stages, m)
+
+
+def virtual_traces(monkeypatch, name, chunks, stages, m, order):
+    schedule, route = find_schedule(name, chunks), route_of(name, stages, chunks)
+    receives = order([schedule(s, stages, m) for s in range(stages)], route)
+    return [
+        communication(monkeypatch, schedule, s, stages, m, ("pp", "pp.backward"), route, receives[s])
+        for s in range(stages)
+    ]
+
+
+def own_order(lists, route):
+    return [receives_in_own_order(actions, route, stage) for stage, actions in enumerate(lists)]
+
+
+VIRTUAL = [
+    ("zb-h1", 1, own_order), *[(n, c, receives_in_one_order) for n, c in (("zb-h1", 1), ("zb-v", 2))],
+    *[("interleaved", chunks, receives_in_one_order) for chunks in (2, 3)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "chunks", "order"), VIRTUAL)
+def test_no_deadlock_of_virtual_stages_under_the_rules_of_nccl(monkeypatch, name, chunks, order):
+    for stages, m in SIZES:
+        if name != "interleaved" or m % stages == 0:
+            traces = virtual_traces(monkeypatch, name, chunks, stages, m, order)
+            assert not nccl_deadlock(traces, lazy=False), (stages, m)
+            assert not nccl_deadlock(traces, lazy=True), (stages, m)
+
+
+def test_everyones_own_order_would_deadlock_on_a_ring(monkeypatch):
+    assert nccl_deadlock(virtual_traces(monkeypatch, "interleaved", 2, 2, 4, own_order), lazy=False)
 
 
 def test_one_process_group_for_both_directions_would_deadlock(monkeypatch):

@@ -137,6 +137,9 @@ def test_settings() -> None:
     with pytest.raises(ConfigError, match="zero_group=3 does not cut dp=4 into groups of 2 or more; .* be 2 or 4"):
         resolved("dp=4", zero=1, zero_group=3)
     assert resolved("dp=4", zero=1, zero_group=2).train.zero_group == 2
+    with pytest.raises(ConfigError, match="schedule=zb-h1 runs several chunks .* use zero=2, or schedule=1f1b"):
+        resolved("dp=2,pp=2", zero=3, schedule="zb-h1")
+    assert resolved("dp=2,pp=2", zero=3, schedule="afab").train.zero == 3
 
 
 # --- bytes, by hand ---------------------------------------------------------------------------------------

@@ -26,6 +26,22 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "3, three axes": ("dp=2,tp=2,pp=2", {"qk_norm": True}, {"zero": 3}),
     "2, frozen table": ("dp=2,pp=2", {}, {"zero": 2, "freeze": ("embed",)}),
     "3, frozen below": ("dp=3", {"tie_embeddings": False}, {"zero": 3, "freeze": ("embed", "layers.0")}),
+    "1, interleaved": (
+        "dp=2,pp=2",
+        {"num_layers": 5},
+        {"zero": 1, "schedule": "interleaved", "micro_batches": 4},
+    ),
+    "2, zero bubble, context": (
+        "dp=2,cp=2,pp=2",
+        {"num_layers": 5},
+        {"zero": 2, "schedule": "zb-v"},
+    ),
+    "3, context, sequence, recompute": (
+        "dp=2,cp=2,tp=2",
+        {"qk_norm": True},
+        {"zero": 3, "sequence_parallel": True, "recompute": "full"},
+    ),
+    "3, loss in chunks": ("dp=2", {}, {"zero": 3, "loss_chunks": 3, "recompute": "selective"}),
     "1, two groups": ("dp=4", {}, {"zero": 1, "zero_group": 2}),
     "3, two groups": ("dp=4,tp=2", {"qk_norm": True}, {"zero": 3, "zero_group": 2}),
     "3, only the head trained": (
