@@ -177,8 +177,8 @@ class ShardedGradients:
 
         Args:
             times: say instead how often each gradient will be added to before its reduction, 1 where nothing is said:
-                in the step, or with start="each" in each micro-batch. For a pipeline in which the gradients of different
-                parameters become final at different times; all ranks must make the same additions in the same order.
+                in the step, or with start="each" in each micro-batch. For a pipeline in which the gradients of
+                different parameters become final at different times. All ranks must add in the same order then.
         """
         self.armed = self.when == "last" or times is not None
         if times is not None:
