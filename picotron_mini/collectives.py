@@ -8,6 +8,7 @@ each is a function whose gradient is another collective.
     reduce_from  all_reduce the partial sums  copy: the derivative of a sum hands each term the gradient
     gather_from  all_gather the shards        reduce_scatter the gradients: each rank used all of x
     scatter_to   reduce_scatter partial sums  all_gather the gradients
+    exchange     all_to_all                   all_to_all: each part's gradient goes back where the part came from
 
 Swap two and the model still runs, still learns a little, and is wrong (Megatron-LM, arXiv 1909.08053).
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -93,8 +94,8 @@ def shard_size(total: int, parts: int) -> int:
 _library = torch.library.Library("picotron_mini", "DEF")
 
 
-def _operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    def define(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def define(fn: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
         _library.define(schema)
         _library.impl(name, fn, "CompositeExplicitAutograd")
@@ -248,6 +249,37 @@ def receive(buffer: Tensor, axis: Axis, source: int) -> Work:
     return _started(dist.irecv(buffer, axis.ranks[source], group=axis.group))
 
 
+def rotate(x: Tensor, axis: Axis) -> tuple[Tensor, Work]:
+    """Start passing x to the next rank of the ring, and receiving the previous rank's, of the same shape.
+
+    The two are started as one: on NCCL two ranks that each sent first would wait for each other for ever.
+
+    Returns:
+        The buffer, filled after `wait()`, and the work. Until then x must stay unchanged; the work keeps it alive.
+    """
+    buffer = torch.empty_like(x, memory_format=torch.contiguous_format)
+    after, before = (axis.ranks[(axis.index + step) % axis.size] for step in (1, -1))
+    ledger.record(axis.key, "send", x)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x, after, group=axis.group),
+            dist.P2POp(dist.irecv, buffer, before, group=axis.group),
+        ]
+    )
+    return buffer, _Rotation(works, x)
+
+
+class _Rotation:
+    """A send and a receive as one work."""
+
+    def __init__(self, works: list[Any], sent: Tensor) -> None:
+        self.works, self.sent = works, sent
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 def _started(work: Work | None) -> Work:
     assert work is not None, "this rank is not in the group"
     return work
@@ -275,6 +307,26 @@ class _ReduceFrom(Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return grad, None
+
+
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx, x, key):  # type: ignore[no-untyped-def]
+        ctx.key = key
+        return _all_to_all(x, key)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _all_to_all(grad, ctx.key), None
+
+
+def exchange(x: Tensor, axis: Axis) -> Tensor:
+    """all_to_all with a gradient: what came from rank j has its gradient sent back to rank j, by an all_to_all.
+
+    Args:
+        x: dim 0 is one part for each rank of the axis, and a multiple of its size.
+    """
+    return x if axis.size == 1 else _Exchange.apply(x, axis.key)
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:

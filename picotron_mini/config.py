@@ -2,7 +2,7 @@
 
 A run is four small groups of settings and a mesh:
 
-    RunConfig = name + mesh (pp x dp x tp ranks) + ModelConfig + DataConfig + TrainConfig
+    RunConfig = name + mesh (pp x dp x cp x tp ranks) + ModelConfig + DataConfig + TrainConfig
 
 `resolve` fills what was left open (the number of micro-batches, the device) and `problems` is the one
 written predicate that says whether a layout is legal for a model: an empty list means legal. Everything
@@ -15,7 +15,7 @@ import re
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-AXES = ("pp", "dp", "tp")  # slowest to fastest varying over the ranks; see mesh.py
+AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest varying over the ranks; see mesh.py
 
 Dtype = Literal["float64", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -31,15 +31,16 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class MeshShape:
-    """How many ranks each axis has. `pp * dp * tp` is the world size."""
+    """How many ranks each axis has. `pp * dp * cp * tp` is the world size."""
 
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     tp: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     @classmethod
     def parse(cls, text: str) -> MeshShape:
@@ -64,7 +65,7 @@ class MeshShape:
         return cls(**sizes)
 
     def __str__(self) -> str:
-        named = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "tp", "pp") if getattr(self, axis) > 1]
+        named = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "cp", "tp", "pp") if getattr(self, axis) > 1]
         return ",".join(named) or "dp=1"
 
 
@@ -124,6 +125,7 @@ class TrainConfig:
 
     steps: int = 300
     seq_len: int = 256
+    context: Literal["ring", "ulysses"] = "ring"  # how cp ranks attend: keys go round, or heads are traded
     batch_size: int = 0  # sequences a step over all ranks; 0: micro_batch_size * micro_batches * dp
     micro_batch_size: int = 0  # sequences a rank works on at once; 0: from the other two
     micro_batches: int = 0  # micro-batches a step on each rank; 0: from the other two
@@ -231,6 +233,35 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
     return found
 
 
+def context_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """Whether the sequence, and for ulysses the heads, can be shared by cp ranks, in words; empty when they can.
+
+    The ring cuts the sequence in 2 cp equal chunks, ulysses in cp equal parts; ulysses then gives each of the cp * tp
+    ranks whole heads, and the key-value heads that these read.
+    """
+    if mesh.cp == 1 or model_problems(model):
+        return []
+    found = []
+    parts, why = (2 * mesh.cp, f"2*cp={2 * mesh.cp}") if train.context == "ring" else (mesh.cp, f"cp={mesh.cp}")
+    if train.seq_len % parts:
+        low = train.seq_len - train.seq_len % parts
+        fits = " or ".join(str(n) for n in (low, low + parts) if n)
+        found.append(
+            f"{why} does not divide seq_len={train.seq_len}, and context={train.context} cuts equal parts; "
+            f"use seq_len={fits}"
+        )
+    if train.context == "ulysses":
+        for name in ("num_heads", "num_kv_heads"):
+            size = getattr(model, name)
+            if size % (mesh.cp * mesh.tp) and not size % mesh.tp:
+                fits = _nearest(mesh.cp, [d for d in _divisors(size // mesh.tp) if d <= 4 * mesh.cp])
+                found.append(
+                    f"cp*tp={mesh.cp * mesh.tp} does not divide {name}={size}, and context=ulysses gives each rank "
+                    f"whole heads; cp could be {fits}, or use context=ring"
+                )
+    return found
+
+
 def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """What keeps a pipeline schedule from running on a layout, in words; `train` has its micro-batches filled."""
     name, chunks = f"schedule={train.schedule}", train.chunks
@@ -300,7 +331,7 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     if run.layout == "auto":
         run = replace(run, layout=f"dp={max(gpus, 1)}" if device == "cuda" else "dp=2,tp=2")
     mesh, model, train = run.mesh, run.model, replace(run.train, device=device)
-    found = layout_problems(model, mesh)
+    found = layout_problems(model, mesh) + context_problems(model, mesh, train)
     train, batch_problems = _batch(train, mesh.dp)
     found += batch_problems
     if not found:
@@ -309,9 +340,11 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
     elif device == "cuda" and mesh.world_size > gpus:
         found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
-    if train.sequence_parallel and train.seq_len % mesh.tp:
-        fits = _nearest(train.seq_len, list(range(mesh.tp, train.seq_len + mesh.tp, mesh.tp)))
-        found.append(f"sequence_parallel: tp={mesh.tp} does not divide seq_len={train.seq_len}; it could be {fits}")
+    parts, why = mesh.cp * mesh.tp, f"tp={mesh.tp}" if mesh.cp == 1 else f"cp*tp={mesh.cp * mesh.tp}"
+    if train.sequence_parallel and train.seq_len % parts:
+        step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
+        fits = _nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
+        found.append(f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; it could be {fits}")
     for name, least in (
         ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
     ):  # fmt: skip

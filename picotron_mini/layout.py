@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import MeshShape
+from .config import AXES, MeshShape
 from .mesh import coordinates
 
 
@@ -38,7 +38,7 @@ class Placement:
     shape: tuple[int, ...]  # global
     stages: tuple[int, ...]  # pipeline stages that hold it: more than one for a tied embedding
     shards: tuple[Shard, ...] = ()
-    sum_axes: tuple[str, ...] = ("dp",)  # axes over which the ranks' gradients add up
+    sum_axes: tuple[str, ...] = ("dp",)  # axes over which the ranks' gradients add up; with cp ranks ("dp", "cp")
 
     def holds(self, index: Mapping[str, int]) -> bool:
         """Whether the rank with these coordinates has a part of it."""
@@ -79,7 +79,7 @@ def split(total: int, parts: int) -> tuple[tuple[int, int], ...]:
 def to_json(layout: Layout, mesh: MeshShape) -> dict[str, Any]:
     """The layout as plain data, as `layout.json` of a run holds it."""
     return {
-        "axes": {"pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp},
+        "axes": {axis: getattr(mesh, axis) for axis in AXES},
         "ranks": [{"rank": r, "coordinates": coordinates(mesh, r)} for r in range(mesh.world_size)],
         "parameters": [
             {

@@ -1,7 +1,7 @@
 """The ranks as a grid: which ranks work together along each axis.
 
-`pp * dp * tp` ranks are numbered with `tp` fastest, because tensor parallelism talks most and neighbouring
-ranks have the fastest links. With pp=2, dp=2, tp=2:
+`pp * dp * cp * tp` ranks are numbered with `tp` fastest, because tensor parallelism talks most and neighbouring
+ranks have the fastest links. With pp=2, dp=2, tp=2 (and cp=1):
 
                  tp=0  tp=1
     pp=0  dp=0     0     1        the tp axis of rank 5: ranks 4, 5
@@ -9,8 +9,10 @@ ranks have the fastest links. With pp=2, dp=2, tp=2:
     pp=1  dp=0     4     5        the pp axis of rank 5: ranks 1, 5
           dp=1     6     7
 
-So   rank = (pp_index * dp + dp_index) * tp + tp_index,   and an axis is the set of ranks that differ in
-that one index only. A technique is handed one `Axis` and never the whole mesh.
+So   rank = ((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_index,   and an axis is the set of ranks that
+differ in that one index only. One axis is made of two: `mesh["dp_cp"]`, the ranks that differ in dp or cp. They hold
+the same weights and see other tokens, so gradients are summed over it. A technique is handed one `Axis` and never the
+whole mesh.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Axis:
 
 
 def coordinates(shape: MeshShape, rank: int) -> dict[str, int]:
-    """The index of a rank on every axis, as `{"pp": 1, "dp": 0, "tp": 1}`."""
+    """The index of a rank on every axis, as `{"pp": 1, "dp": 0, "cp": 0, "tp": 1}`."""
     out = {}
     for axis in reversed(AXES):
         rank, out[axis] = divmod(rank, getattr(shape, axis))
@@ -62,11 +64,32 @@ def axis_of(shape: MeshShape, rank: int, name: str) -> Axis:
     return Axis(name, len(members), here[name], members)
 
 
+def data_axis_of(shape: MeshShape, rank: int) -> Axis:
+    """The ranks that differ from `rank` in dp or cp only, cp fastest. Named "dp" when cp is 1, else "dp_cp"."""
+    if shape.cp == 1:
+        return axis_of(shape, rank, "dp")
+    here = coordinates(shape, rank)
+    members = tuple(
+        r
+        for r in range(shape.world_size)
+        if all(c == here[a] for a, c in coordinates(shape, r).items() if a not in ("dp", "cp"))
+    )
+    return Axis("dp_cp", len(members), members.index(rank), members)
+
+
+def axis_with_key(key: str) -> Axis:
+    """This rank's axis whose `key` this is: for custom operators, which are handed strings."""
+    name, _, members = key.partition(":")
+    ranks = tuple(map(int, members.split(",")))
+    return Axis(name, len(ranks), ranks.index(dist.get_rank()), ranks)
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The grid as one rank sees it: `mesh["tp"]` is the axis of that name through this rank.
 
-    `mesh["world"]` is all ranks, for the few scalars that everyone must agree on.
+    `mesh["world"]` is all ranks, for the few scalars that everyone must agree on; `mesh["dp_cp"]` those that hold the
+    same weights (`data_axis_of`).
     """
 
     shape: MeshShape
@@ -84,12 +107,13 @@ class Mesh:
         mesh = cls(shape, dist.get_rank())
         # new_group is itself collective: all ranks make all groups, also those that they are not in. The
         # pipeline gets two: activations and gradients travel against each other, and NCCL runs the
-        # messages of one group in order.
-        for name in ("world", *AXES, "pp.backward"):
+        # messages of one group in order. For the same reason cp never shares a group: its ring must not queue behind
+        # the gradients.
+        for name in ("world", *AXES, "pp.backward", *(["dp_cp"] if shape.cp > 1 else [])):
             for rank in range(shape.world_size):
                 axis = cls(shape, rank)[name]
                 if axis.index == 0 and axis.size > 1:
-                    everyone = axis.size == shape.world_size and name != "pp.backward"
+                    everyone = axis.size == shape.world_size and name not in ("pp.backward", "cp")
                     group = dist.group.WORLD if everyone else dist.new_group(list(axis.ranks))
                     assert group is not None
                     GROUPS[axis.key] = group
@@ -98,5 +122,7 @@ class Mesh:
     def __getitem__(self, name: str) -> Axis:
         if name == "world":
             return Axis("world", self.shape.world_size, self.rank, tuple(range(self.shape.world_size)))
+        if name == "dp_cp":
+            return data_axis_of(self.shape, self.rank)
         base = axis_of(self.shape, self.rank, name.removesuffix(".backward"))
         return Axis(name, base.size, base.index, base.ranks)

@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .config import RunConfig
+from .config import AXES, RunConfig
 from .layout import Layout
 from .reference import Snapshot
 
@@ -111,7 +111,7 @@ class Errors:
         run: RunConfig,
     ) -> None:
         """Compare one rank's parts with the same parts of the reference."""
-        index = index or {"pp": 0, "dp": 0, "tp": 0}
+        index = index or dict.fromkeys(AXES, 0)
         # below float64 the runs drift apart after the first update, in any layout
         steps = range(len(truth)) if run.train.dtype == "float64" else range(1)
         for step in steps:

@@ -1,7 +1,7 @@
 """Does a layout compute what one device computes? Asked of the real thing, and answered with a number.
 
     batches -> reference: the plain model on one device ----+
-          \\-> the library on pp x dp x tp ranks ------------+--> compare loss, gradients, norm, weights
+          \\-> the library on pp x dp x cp x tp ranks -------+--> compare loss, gradients, norm, weights
 
 The reference (`reference.py`) imports the model and nothing else of this library; it is not the library with one rank.
 Both train a few steps on batches made to be unkind: ragged documents, and targets missing unevenly, so that an average

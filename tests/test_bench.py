@@ -43,7 +43,7 @@ def measured(
     return run
 
 
-@pytest.mark.parametrize("layout", ["dp=1", "dp=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize("layout", ["dp=1", "dp=2", "tp=2", "pp=2", "cp=2"])
 def test_measures(layout: str, measured: Callable[..., dict[str, Any]]) -> None:
     result = measured(layout)
     train = TrainConfig(seq_len=16, micro_batch_size=2, micro_batches=2, device="cpu")

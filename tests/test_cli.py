@@ -260,7 +260,7 @@ WRONG_USE: dict[str, tuple[list[str], list[str]]] = {
     "preset": (["train", "--preset", "gpu"], ["'gpu'", "laptop, h100, h100x2, bench"]),
     "preset without a name": (["train", "--preset"], ["--preset needs a value"]),
     "config without a file": (["bench", "--config"], ["--config needs a value"]),
-    "axis": (["train", "ep=2"], ["'ep'", "pp, dp, tp"]),
+    "axis": (["train", "ep=2"], ["'ep'", "pp, dp, cp, tp"]),
     "axis twice": (["train", "dp=2,dp=2"], ["'dp'", "twice"]),
     "no size": (["train", "--layout", "dp"], ["'dp'", "dp=2,tp=2"]),
     "size zero": (["describe", "tp=0"], ["tp=0", "at least 1"]),

@@ -75,11 +75,15 @@ def check_values(shape: MeshShape, dtype: torch.dtype) -> None:
     for work in works:
         work.wait()
     same(buffer, every[r - 1], "send and receive")
+    arriving, work = collectives.rotate(x.T.contiguous(), axis)
+    work.wait()
+    same(arriving, every[r - 1].T, "rotate")
     collectives.barrier(axis)
     same(collectives.reduce_from(x, axis), total, "reduce_from")
     same(collectives.copy_to(x, axis), x, "copy_to")
     same(collectives.gather_from(x, axis, 1), torch.cat(every, 1), "gather_from")
     same(collectives.scatter_to(x, axis, 0), total.chunk(n)[r], "scatter_to")
+    same(collectives.exchange(x, axis), torch.cat([other.chunk(n)[r] for other in every]), "exchange")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -164,6 +168,21 @@ def test_gradients_of_a_split_sequence_are_those_of_one_device(ranks, size: int)
         torch.testing.assert_close(got_b, second.grad.chunk(size, 0)[rank], rtol=1e-12, atol=0)
 
 
+def check_gradient_of_exchange(shape: MeshShape) -> None:
+    """In a rank: every rank gives what it receives a weight of its own, and it comes back from where the part went."""
+    axis = Mesh.build(shape)["tp"]
+    x = ours(axis.index).requires_grad_()
+    (collectives.exchange(x, axis) * (axis.index + 1)).sum().backward()
+    assert x.grad is not None
+    came = [part.unique().tolist() for part in x.grad.chunk(axis.size)]
+    assert came == [[j + 1.0] for j in range(axis.size)], came
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient_of_exchange(ranks, size: int) -> None:
+    ranks(check_gradient_of_exchange, MeshShape(tp=size), world_size=size)
+
+
 # --- bytes ------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +207,8 @@ def use_everything(mesh: Mesh) -> None:
     collectives.reduce_from(collectives.copy_to(x, axis).exp(), axis).sum().backward()
     y = torch.ones(31, requires_grad=True)
     collectives.scatter_to(collectives.gather_from(y, axis, 0).exp(), axis, 0).sum().backward()
+    collectives.rotate(torch.ones(41), axis)[1].wait()
+    collectives.exchange(torch.ones(37 * n, requires_grad=True), axis).sum().backward()
 
 
 def ledger_and_witness(shape: MeshShape) -> tuple[dict[Any, int], dict[str, int], dict[str, int]]:
@@ -205,15 +226,16 @@ def test_the_ledger_counts_what_the_witness_sees(ranks, size: int) -> None:
             ("tp", "all_reduce"): 3 * 4 + 5 * 8 + 19 * 4 + 2 * 29 * 4,
             ("tp", "all_gather"): 14 * 4 + shard + 2 * 31 * 4,
             ("tp", "reduce_scatter"): 2 * 11 * size * 2 + 2 * 31 * size * 4,
-            ("tp", "all_to_all"): 13 * size * 4,
-            ("tp", "send"): 23 * 4,
+            ("tp", "all_to_all"): (13 + 2 * 37) * size * 4,
+            ("tp", "send"): (23 + 41) * 4,
         }
         if rank == size - 1:
             expected["tp", "broadcast"] = 17 * 4
         assert counted == expected
         assert seen == {operation: n for (_, operation), n in counted.items()}
         assert calls["all_reduce"] == 5
-        assert calls["broadcast"] == calls["receive"] == calls["barrier"] == 1
+        assert calls["broadcast"] == calls["barrier"] == 1
+        assert calls["send"] == calls["receive"] == 2
 
 
 def test_an_axis_of_one_rank_does_nothing(ranks) -> None:
@@ -236,6 +258,7 @@ def one_rank() -> tuple[dict[Any, int], dict[str, int], dict[str, int]]:
             collectives.reduce_from(x, axis),
             collectives.gather_from(x, axis, 0),
             collectives.scatter_to(x, axis, 0),
+            collectives.exchange(x, axis),
         ):
             assert same is x
         collectives.barrier(axis)
@@ -392,6 +415,14 @@ def _scatters_without_gathering_back() -> None:
     )
 
 
+def _rotates_nothing() -> None:
+    collectives.dist.batch_isend_irecv = lambda operations: []
+
+
+def _keeps_the_gradient() -> None:
+    collectives._Exchange.backward = staticmethod(lambda ctx, grad: (grad, None))
+
+
 BROKEN = [
     _forgets_the_sum,
     _only_maximum,
@@ -404,12 +435,15 @@ BROKEN = [
     _forgets_backward,
     _sums_backward_too,
     _scatters_without_gathering_back,
+    _rotates_nothing,
+    _keeps_the_gradient,
 ]
 
 
 def with_broken(break_it: Callable[[], None]) -> tuple[Any, ...]:
     break_it()
     check_values(MeshShape(tp=2), torch.float64)
+    check_gradient_of_exchange(MeshShape(tp=2))
     _, x, a, _ = a_split_layer_and_sequence(MeshShape(tp=2))
     return (*a_split_layer(MeshShape(tp=2)), x, a)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from picotron_mini.config import (
     RopeScaling,
     RunConfig,
     TrainConfig,
+    context_problems,
     from_dict,
     layout_problems,
     model_problems,
@@ -52,7 +55,7 @@ def test_parse(text: str, pp: int, dp: int, tp: int) -> None:
         ("dp=two", ["'dp=two'", "AXIS=SIZE"]),
         ("dp=-1", ["'dp=-1'", "AXIS=SIZE"]),
         ("dp=2;tp=2", ["'dp=2;tp=2'", "AXIS=SIZE"]),
-        ("ep=2", ["'ep'", "pp, dp, tp"]),
+        ("ep=2", ["'ep'", "pp, dp, cp, tp"]),
         ("dp=2,dp=2", ["'dp'", "twice"]),
         ("tp=0", ["tp=0", "at least 1"]),
     ],
@@ -138,6 +141,67 @@ def test_the_sizes_that_are_suggested_do_work() -> None:
             for suggested in problem.split("could be ")[1].split(" or "):
                 setting = problem.split("divide ")[1].split("=")[0]
                 assert getattr(model, setting) % int(suggested) == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "train", "problem"),
+    [
+        ("cp=2", {"seq_len": 12}, None),
+        ("cp=3", {"seq_len": 12}, None),
+        (
+            "cp=4",
+            {"seq_len": 12},
+            "2*cp=8 does not divide seq_len=12, and context=ring cuts equal parts; use seq_len=8",
+        ),
+        (
+            "cp=8",
+            {"seq_len": 12},
+            "2*cp=16 does not divide seq_len=12, and context=ring cuts equal parts; use seq_len=16",
+        ),
+        ("dp=3", {"seq_len": 13, "context": "ulysses"}, None),  # no cp, nothing to cut
+        ("cp=2", {"seq_len": 14, "context": "ulysses"}, None),
+        (
+            "cp=2",
+            {"seq_len": 13, "context": "ulysses"},
+            "cp=2 does not divide seq_len=13, and context=ulysses cuts equal",
+        ),
+        ("cp=3", {"seq_len": 12, "context": "ulysses"}, "cp*tp=3 does not divide num_kv_heads=2, and context=ulysses"),
+        ("cp=3,tp=2", {"seq_len": 12, "sequence_parallel": True}, None),
+        (
+            "cp=3,tp=2",
+            {"seq_len": 21, "context": "ulysses", "sequence_parallel": True},
+            "sequence_parallel: cp*tp=6 does not divide seq_len=21; it could be 12 or 24",
+        ),
+        (
+            "cp=2,tp=2",
+            {"seq_len": 12, "context": "ulysses"},
+            "cp*tp=4 does not divide num_heads=6, and context=ulysses",
+        ),
+    ],
+)
+def test_sequences_and_heads_that_cp_can_share(layout: str, train: dict[str, Any], problem: str | None) -> None:
+    run = RunConfig(layout=layout, model=MODEL, train=TrainConfig(**train))
+    if problem is None:
+        assert resolve(run).mesh == MeshShape.parse(layout)
+        return
+    with pytest.raises(ConfigError) as error:
+        resolve(run)
+    assert problem in str(error.value)
+
+
+def test_the_lengths_and_cp_that_are_suggested_do_work() -> None:
+    model = replace(MODEL, num_heads=12, num_kv_heads=12)
+    for context, cp, seq_len, tp in itertools.product(("ring", "ulysses"), range(2, 9), range(2, 40), (1, 2)):
+        train = TrainConfig(context=context, seq_len=seq_len)
+        for problem in context_problems(model, MeshShape(cp=cp, tp=tp), train):
+            if "use seq_len=" in problem:
+                for fits in problem.split("use seq_len=")[1].split(" or "):
+                    other = context_problems(model, MeshShape(cp=cp, tp=tp), replace(train, seq_len=int(fits)))
+                    assert not any("seq_len" in line for line in other), problem
+            else:
+                for fits in problem.split("cp could be ")[1].split(",")[0].split(" or "):
+                    other = context_problems(model, MeshShape(cp=int(fits), tp=tp), train)
+                    assert not any("heads" in line for line in other), problem
 
 
 # --- batches ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from picotron_mini.mesh import coordinates
 from picotron_mini.model.gpt import parameter_shapes
 from picotron_mini.parallel.parallelize import layout_of
 
-SHAPES = [MeshShape(*sizes) for sizes in itertools.product(range(1, 9), repeat=3) if MeshShape(*sizes).world_size <= 8]
+SHAPES = [MeshShape(*sizes) for sizes in itertools.product(range(1, 9), repeat=4) if MeshShape(*sizes).world_size <= 8]
 # 8 heads of 2, so that tp=8 is legal; 37 tokens, so that the vocabulary is uneven; 9 layers for pp=8
 MODEL = ModelConfig(
     vocab_size=37, hidden_size=16, intermediate_size=840, num_layers=9, num_heads=840, num_kv_heads=840, head_dim=2
@@ -75,7 +75,7 @@ def test_every_element_lives_somewhere_and_counts_once(model: ModelConfig) -> No
                     counted[place.slices(index)] += 1
             assert bool((counted == 1).all()), f"{name} on {mesh}"
             # the same number of copies of every element: one for each stage and rank that does not cut it
-            copies = len(place.stages) * mesh.dp * (1 if place.shards else mesh.tp)
+            copies = len(place.stages) * mesh.dp * mesh.cp * (1 if place.shards else mesh.tp)
             assert bool((held == copies).all()), f"{name} on {mesh}"
 
 
@@ -84,6 +84,12 @@ def test_a_tied_embedding_lives_on_both_ends_and_is_summed_over_them() -> None:
     assert place.stages == (0, 3)
     assert place.sum_axes == ("dp", "pp")
     assert placed(MODELS["untied"], MeshShape(pp=4))["embed.weight"].stages == (0,)
+
+
+def test_gradients_are_summed_over_cp_where_there_is_one() -> None:
+    for name, place in placed(MODELS["tied"], MeshShape(cp=2, pp=2)).items():
+        assert place.sum_axes == (("dp", "cp", "pp") if name == "embed.weight" else ("dp", "cp"))
+    assert placed(MODEL, MeshShape(dp=2))["norm.weight"].sum_axes == ("dp",)
 
 
 def test_norms_of_queries_and_keys_are_summed_over_tp() -> None:
@@ -100,8 +106,8 @@ def test_with_sequence_parallelism_every_norm_is_summed_over_tp() -> None:
 def test_plain_data() -> None:
     mesh = MeshShape(dp=2, tp=2)
     data = json.loads(json.dumps(to_json(placed(MODEL, mesh), mesh)))
-    assert data["axes"] == {"pp": 1, "dp": 2, "tp": 2}
-    assert data["ranks"][3] == {"rank": 3, "coordinates": {"pp": 0, "dp": 1, "tp": 1}}
+    assert data["axes"] == {"pp": 1, "dp": 2, "cp": 1, "tp": 2}
+    assert data["ranks"][3] == {"rank": 3, "coordinates": {"pp": 0, "dp": 1, "cp": 0, "tp": 1}}
     embed = data["parameters"][0]
     assert embed["name"] == "embed.weight"
     assert embed["shards"] == [{"axis": "tp", "dim": 0, "ranges": [[0, 19], [19, 37]]}]

@@ -219,7 +219,7 @@ def test_it_beats_the_bigram_model_of_its_text(text: Path, tmp_path: Path) -> No
 
 # --- no layout changes what is learned --------------------------------------------------------------------
 
-LAYOUTS = ["dp=1", "dp=2,tp=2", "tp=2,pp=2"]
+LAYOUTS = ["dp=1", "dp=2,tp=2", "tp=2,pp=2", "cp=2,pp=2"]
 
 
 @pytest.mark.slow

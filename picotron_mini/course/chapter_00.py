@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import all_reduce, all_to_all, ledger, shard_size
-from ..config import AXES, MeshShape
+from ..config import MeshShape
 from ..launch import launch
 from ..mesh import Axis, Mesh, axis_of, coordinates
 from .exercises import Exercise, Mistake, NotAttempted
@@ -262,8 +262,8 @@ _AXES: dict[str, tuple[Answer, str]] = {
         "these are coordinates along the axis; asked are global ranks",
     ),
 }
-_SHAPES = [MeshShape(*sizes) for sizes in itertools.product((1, 2, 3), repeat=3)]
-_QUESTIONS = [(s, rank, name) for s in _SHAPES for rank in range(s.world_size) for name in AXES]
+_SHAPES = [MeshShape(pp=pp, dp=dp, tp=tp) for pp, dp, tp in itertools.product((1, 2, 3), repeat=3)]
+_QUESTIONS = [(s, rank, name) for s in _SHAPES for rank in range(s.world_size) for name in ("pp", "dp", "tp")]
 
 
 def _run_axes(answer: Answer) -> str | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 from picotron_mini.monitoring.page import escape
@@ -140,21 +140,23 @@ def _slice(parameter: Json, rank: Json) -> str:
 
 
 def _mesh(layout: Json) -> str:
-    """A table a pipeline stage: data-parallel copies downwards, tensor-parallel ranks across."""
+    """A table a pipeline stage: copies (data- and context-parallel) downwards, tensor-parallel ranks across."""
     axes, total = layout["axes"], sum(math.prod(p["shape"]) for p in layout["parameters"])
+    contexts = axes.get("cp", 1)
     out = []
     for stage in range(axes["pp"]):
         rows = []
-        for copy in range(axes["dp"]):
+        for copy, part in product(range(axes["dp"]), range(contexts)):
             cells = []
             for rank in layout["ranks"]:
                 at = rank["coordinates"]
-                if (at["pp"], at["dp"]) == (stage, copy):
+                if (at["pp"], at["dp"], at.get("cp", 0)) == (stage, copy, part):
                     ranges = [held(p, at) for p in layout["parameters"]]
                     size = sum(math.prod(high - low for low, high in r) for r in ranges if r is not None)
-                    part = f"{count_text(size)}, {100 * size / max(total, 1):.0f} %"
-                    cells.append(f"<td>rank {rank['rank']}<small>{part}</small></td>")
-            rows.append(f'<tr><th scope="row">dp {copy}</th>{"".join(cells)}</tr>')
+                    share = f"{count_text(size)}, {100 * size / max(total, 1):.0f} %"
+                    cells.append(f"<td>rank {rank['rank']}<small>{share}</small></td>")
+            row = f"dp {copy}, cp {part}" if contexts > 1 else f"dp {copy}"
+            rows.append(f'<tr><th scope="row">{row}</th>{"".join(cells)}</tr>')
         head = "".join(f'<th scope="col">tp {i}</th>' for i in range(axes["tp"]))
         caption = f"Stage {stage} (pp {stage})" if axes["pp"] > 1 else "One pipeline stage"
         out.append(

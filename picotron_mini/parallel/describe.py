@@ -22,6 +22,10 @@ WHEN = {
     ("tp", "all_reduce"): "exits of attention and MLP, their entries backward, the loss over the split vocabulary",
     ("tp", "all_gather"): "entries of attention, MLP and head; their exits backward: all tokens, from each rank's part",
     ("tp", "reduce_scatter"): "exits of attention, MLP and embedding; their entries backward: sums, cut by tokens",
+    ("dp_cp", "all_reduce"): "gradients, while the last micro-batch's backward runs; the number of targets",
+    ("cp", "send"): "keys and values round the ring, beside each layer's attention; backward again, with gradients",
+    ("cp", "all_to_all"): "tokens against heads, before and after each layer's attention, forward and backward",
+    ("cp", "all_gather"): "documents of the whole sequence, for each layer's attention",
     ("pp", "send"): "hidden states to the next stage, their gradients to the previous one; a tied embedding",
     ("world", "all_reduce"): "loss, gradient norm and stop flag, at the end of the step",
 }

@@ -31,7 +31,7 @@ def gather(
         whole = local.detach()
         for shard in placement.shards:
             whole = all_gather(whole, mesh[shard.axis], shard.dim, placement.shape[shard.dim])
-    if home != 0 and index["dp"] == index["tp"] == 0:
+    if home != 0 and index["dp"] == index["cp"] == index["tp"] == 0:
         if whole is not None:
             send(whole.contiguous(), mesh["pp"], 0).wait()
         elif mesh.rank == 0:

@@ -6,7 +6,7 @@
 
 Each stage caches the keys and values of its own layers and heads. Every rank gets the same logits and draws with the
 same seed, so all know the next token without being told. A pipeline has nothing to overlap here: one token is one
-micro-batch, and its stages take turns. Data-parallel replicas write the same text.
+micro-batch, and its stages take turns. Data- and context-parallel replicas write the same text.
 
 Cost a token, in payload: each stage but the last sends B D numbers, and its tensor-parallel pairs sum B D each, as in
 training; the last gathers B V / tp and broadcasts B V.
@@ -23,6 +23,7 @@ from ..collectives import broadcast, receive, send
 from ..config import ModelConfig, RunConfig
 from ..mesh import Mesh
 from ..model.generate import KeyValueCache
+from ..model.gpt import Block, attend
 from .parallelize import Parallel, parallelize
 from .tensor import gather_logits
 
@@ -40,6 +41,9 @@ def load_parallel(
     # a line of stages, whatever the run was trained with
     train = replace(run.train, freeze=everything, sequence_parallel=False, schedule="1f1b")
     parallel = parallelize(replace(run, model=config, train=train), mesh, device)
+    for block in (block for chunk in parallel.chunks for block in chunk.layers.values()):
+        assert isinstance(block, Block)
+        block.attention.attend = attend  # cp ranks are replicas here: each is given all tokens
     index = parallel.index
     with torch.no_grad():
         for name, parameter in parallel.parameters.items():

@@ -2,6 +2,7 @@
 
     1 pipeline   keep this stage's layers, so that the rest never takes memory
     2 tensor     cut the weights of what is left
+      context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
     5 compile    the blocks, with the exchanges of 2 inside them
@@ -27,6 +28,7 @@ from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
 from .actions import Route, route_of
 from .balance import balance
+from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
 from .tensor import is_partial, sharded_dim, tensor_parallel
@@ -76,9 +78,10 @@ class Parallel:
 
     @property
     def border_shape(self) -> tuple[int, int, int]:
-        """Of the hidden states that one stage hands to the next, [B, T, D]; with sequence parallelism [B, T/tp, D]."""
+        """Of hidden states between two stages, [B, T/cp, D]; with sequence parallelism [B, T/cp/tp, D]."""
         train = self.run.train
-        tokens = train.seq_len // (self.mesh.shape.tp if train.sequence_parallel else 1)
+        shape = self.mesh.shape
+        tokens = train.seq_len // shape.cp // (shape.tp if train.sequence_parallel else 1)
         return train.micro_batch_size, tokens, self.run.model.hidden_size
 
     @property
@@ -104,7 +107,7 @@ def layout_of(run: RunConfig) -> Layout:
     parts, first, last = stage_layers(model, route.length, train.seq_len), route.stage(0), route.stage(route.length - 1)
     out = {}
     for name, shape in parameter_shapes(model).items():
-        sum_axes: tuple[str, ...] = ("dp",)
+        sum_axes: tuple[str, ...] = ("dp", "cp") if mesh.cp > 1 else ("dp",)
         if name.startswith("layers."):
             layer = int(name.split(".")[1])
             holders: tuple[int, ...] = (next(route.stage(n) for n, layers in enumerate(parts) if layer in layers),)
@@ -144,7 +147,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     index = coordinates(mesh.shape, mesh.rank)
     layout = layout_of(run)
 
-    # 1 pipeline, 2 tensor: on the meta device, where tensors have shapes and no memory
+    # 1 pipeline, 2 tensor, context: on the meta device, where tensors have shapes and no memory
     route = route_of(train.schedule, mesh.shape.pp, train.chunks)
     parts = stage_layers(config, route.length, train.seq_len)
     positions = [route.position(index["pp"], chunk) for chunk in range(route.chunks)]
@@ -152,6 +155,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
         tensor_parallel(chunk, mesh["tp"], train.sequence_parallel)
+        context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
     deferred = Deferred(chunks) if train.schedule in ("zb-h1", "zb-v") else None
 
@@ -187,7 +191,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunked_loss(chunk, train.loss_chunks)
 
     # 7 data
-    buckets = GradientBuckets(parameters.values(), mesh["dp"], train.bucket_mb * 2**20)
+    buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
     return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, deferred)
 
 

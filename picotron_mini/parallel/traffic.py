@@ -5,7 +5,8 @@ really passes, and the tests require the two to be equal, to the byte. With a = 
 hidden states), m micro-batches, g bytes a gradient element (at least 4) and w bytes of a logit in float32 or wider:
 
     axis    operation     bytes                                 what for
-    dp      all_reduce    g (elements + parameters) + 8         gradients and their flags; the number of targets
+    dp      all_reduce    g (elements + parameters) + 8         gradients and their flags; the number of targets;
+                                                                the axis is dp_cp where cp > 1
     tp      all_reduce    m a (2 + 2) a layer                   exits of attention and MLP; their entries, backward
             all_reduce    m a on the first stage, m a on the last    embedding; entry of the head, backward
             all_reduce    3 m B T w on the last stage           loss over the split vocabulary
@@ -18,9 +19,14 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
             send          m a from all but the first            their gradients
                           with virtual stages, both for each border of each chunk where the other side is elsewhere
             send          g elements, from both ends            a tied embedding, if the ends are on two stages
+    cp      send          m (cp-1) (kv itemsize + 8 B T) a layer    ring: keys, values; documents where masked
+            send          m kv ((cp-1) itemsize + cp g) a layer     backward: keys, values; their gradients
+            all_to_all    2 m B T (2 H + 2 Hkv) Dh itemsize a layer    ulysses: into heads and back, forward, backward
+            all_gather    8 m B T a layer                       ulysses: documents where masked
     world   all_reduce    24                                    loss, squared norm, stop
 
-With `recompute=full` each layer in which or below which something is trained runs its exchanges of the forward again.
+T is a rank's share of the sequence, T / cp; kv = 2 B T Hkv Dh, where H, Hkv are a rank's share of the heads, / tp. With
+`recompute=full` each layer in which or below which something is trained runs its exchanges of the forward again.
 
 A backward exchange happens only if a gradient flows there: below the first trained parameter none does.
 """
@@ -50,13 +56,13 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     trained = {name: place.local_size(index) for name, place in mine.items() if not name.startswith(train.freeze)}
     itemsize = ITEMSIZE[train.dtype]
     wide = max(itemsize, 4)
-    tokens = train.micro_batch_size * train.seq_len
+    tokens = train.micro_batch_size * train.seq_len // mesh.cp
     hidden = tokens * run.model.hidden_size * itemsize
     first, last = index["pp"] == layout["embed.weight"].stages[0], layout["norm.weight"].holds(index)
 
     out: Traffic = Counter()
-    if mesh.dp > 1:
-        out["dp", "all_reduce"] += wide * (sum(trained.values()) + len(trained)) + 8
+    if mesh.dp * mesh.cp > 1:
+        out["dp" if mesh.cp == 1 else "dp_cp", "all_reduce"] += wide * (sum(trained.values()) + len(trained)) + 8
     if mesh.tp > 1:
         pairs = sum(name.endswith(("attention.o.weight", "mlp.down.weight")) for name in mine)
         entries, exits = _with_gradient(list(mine), set(trained), first, last)
@@ -69,6 +75,8 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
         if last:
             out["tp", "all_reduce"] += train.micro_batches * 3 * tokens * wide
         out["tp", "all_reduce"] += wide * sum(n for name, n in trained.items() if "tp" in mine[name].sum_axes)
+    if mesh.cp > 1:
+        out += _context(run, list(mine), set(trained), tokens, flows=not first)
     if mesh.pp > 1:
         border = hidden // mesh.tp if train.sequence_parallel else hidden
         out["pp", "send"] += train.micro_batches * border * _borders(run, index["pp"])
@@ -76,6 +84,38 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     if mesh.world_size > 1:
         out["world", "all_reduce"] += 24
     return +out  # without zeros
+
+
+def _context(run: RunConfig, names: list[str], trained: set[str], tokens: int, flows: bool) -> Traffic:
+    """What attention over a split sequence sends: of each layer forward, and backward where a gradient reaches it.
+
+    Args:
+        names: the stage's parameters in model order.
+        trained: those of them that are not frozen.
+        flows: whether the stage's input gets a gradient.
+        tokens: of a micro-batch, on this rank.
+    """
+    model, mesh, train = run.model, run.mesh, run.train
+    itemsize = ITEMSIZE[train.dtype]
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    kv = 2 * tokens * model.num_kv_heads // mesh.tp * head_dim
+    trade = (2 * tokens * model.num_heads // mesh.tp * head_dim + kv) * itemsize
+    documents = 8 * tokens * train.document_mask
+    out: Traffic = Counter()
+    for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
+        own = [name for name in trained if name.startswith(f"layers.{layer}.")]
+        above = ("attention.o.weight", "mlp_norm.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
+        flows = flows or int(layer) in _later_chunks(names)
+        reached = flows or "embed.weight" in trained or any(not name.endswith(above) for name in own)
+        flows = reached or bool(own)
+        forwards = 1 + (flows and train.recompute == "full")
+        if train.context == "ring":
+            hops = (mesh.cp - 1) * (kv * itemsize * (forwards + reached) + documents * forwards)
+            out["cp", "send"] += train.micro_batches * (hops + reached * mesh.cp * kv * max(itemsize, 4))
+        else:
+            out["cp", "all_to_all"] += train.micro_batches * trade * (forwards + reached)
+            out["cp", "all_gather"] += train.micro_batches * documents * forwards
+    return out
 
 
 def _borders(run: RunConfig, stage: int) -> int:

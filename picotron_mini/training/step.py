@@ -4,7 +4,7 @@
     -> global norm -> clip -> optimizer -> round masters into weights
 
 Gradient accumulation is the pipeline's schedule with one stage. Two small exchanges go with each step: the number of
-target tokens over dp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
+targets over dp and cp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..collectives import all_reduce
 from ..data.loader import Batch
 from ..model.gpt import GPT, IGNORE
 from ..parallel.actions import Route
+from ..parallel.chunks import context_slice
 from ..parallel.deferred import additions
 from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
@@ -45,15 +46,16 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     """Fill `parallel.gradients` with the gradient of the mean loss over the *global* batch.
 
     Args:
-        micro_batches: this data rank's share, on its device.
+        micro_batches: this data rank's share, on its device, in whole sequences; this rank's part of each is cut here.
 
     Returns:
-        The summed loss of this data rank (0 except on the last stage) divided by the global number of targets, and
-        that number; both scalars on the device.
+        The summed loss of this rank's tokens (0 except on the last stage) divided by the global number of targets,
+        and that number; both scalars on the device.
     """
     train, mesh = parallel.run.train, parallel.mesh
+    micro_batches = [context_slice(batch, mesh["cp"], train.context) for batch in micro_batches]
     targets = sum((batch.targets != IGNORE).sum() for batch in micro_batches)
-    tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp"])
+    tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp_cp"])
     pp, route, split = mesh["pp"], parallel.route, parallel.deferred is not None
     schedule, receives = find_schedule(train.schedule, route.chunks), None
     if route.chunks > 1:
@@ -168,6 +170,7 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         stop: this rank was asked to stop; the third value says whether any was.
     """
     mesh, route = parallel.mesh, parallel.route
+    batches = [context_slice(batch, mesh["cp"], parallel.run.train.context) for batch in batches]
     loss = run_forward(
         len(batches),
         forward=_stage(parallel, batches, 1),

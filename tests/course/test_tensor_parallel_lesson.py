@@ -55,18 +55,19 @@ def test_the_ratio_of_exchanges_and_products() -> None:
 
 def sent_while_timing() -> tuple[set[tuple[int, int]], bool, int]:
     with collectives.ledger.recording() as sent:
-        times = block_times((32, 64), (1, 2), 8, 2)
+        times = block_times((64,), (1, 2, 4), 8, 2)
     good = all(0 < seconds < 60 for pair in times.values() for seconds in pair)
     return set(times), good, sum(sent.values())
 
 
 def test_block_times_measure_the_exchanges_of_the_ranks_that_work(ranks) -> None:
-    first, second = ranks(sent_while_timing, world_size=2)
-    assert first[0] == {(32, 1), (32, 2), (64, 1), (64, 2)}
-    assert second[0] == {(32, 2), (64, 2)}, "the second rank rests while one rank works alone"
-    assert first[1] and second[1]
-    # two rounds of four all_reduces at tp=2, and none from the blocks without exchanges
-    assert first[2] == second[2] == 2 * 4 * 8 * (32 + 64) * 4
+    results = ranks(sent_while_timing, world_size=4)
+    one = 2 * 4 * 8 * 64 * 4  # two rounds of four all_reduces of [8, 64] float32
+    for rank, (cases, good, sent) in enumerate(results):
+        sizes = [tp for tp in (1, 2, 4) if rank < tp]
+        assert cases == {(64, tp) for tp in sizes} and good
+        # one layer for each size that this rank takes part in, and none for those without exchanges or at rest
+        assert sent == one * len([tp for tp in sizes if tp > 1]), rank
 
 
 def test_gathering_the_logits_is_told_by_its_bytes_even_where_it_fails() -> None:

@@ -17,7 +17,7 @@ import pytest
 from picotron_mini.config import RunConfig, UserError, to_dict
 from picotron_mini.monitoring.environment import write_environment
 from picotron_mini.monitoring.metrics import MetricsWriter
-from picotron_mini.monitoring.placement import held
+from picotron_mini.monitoring.placement import held, placement_section
 from picotron_mini.monitoring.plots import Series, line_plot, log_ticks, ticks
 from picotron_mini.monitoring.report import write_report
 
@@ -287,6 +287,18 @@ def test_held_is_a_partition_of_every_parameter() -> None:
     embed = layout["parameters"][0]
     assert held(embed, {"pp": 0, "dp": 1, "tp": 1}) == [(33, 66), (0, 192)]
     assert held(layout["parameters"][-1], {"pp": 0, "dp": 0, "tp": 0}) is None  # norm is on the last stage
+
+
+def test_ranks_that_share_sequences_are_rows_of_their_own() -> None:
+    layout = make_layout(1, 2, 2)
+    layout["axes"] = {"pp": 1, "dp": 1, "cp": 2, "tp": 2}
+    for rank in layout["ranks"]:
+        rank["coordinates"] = {"pp": 0, "dp": 0, "cp": rank["coordinates"]["dp"], "tp": rank["coordinates"]["tp"]}
+    rows = re.findall(r'<tr><th scope="row">(dp [^<]*)</th>(.*?)</tr>', placement_section(layout))
+    assert [(name, re.findall(r"rank (\d)", cells)) for name, cells in rows] == [
+        ("dp 0, cp 0", ["0", "1"]),
+        ("dp 0, cp 1", ["2", "3"]),
+    ]
 
 
 def test_a_square_shows_the_slice_and_its_ranges(tmp_path: Path) -> None:

@@ -52,19 +52,33 @@ def test_one_rank() -> None:
     assert "all_reduce" not in text
 
 
+def test_a_sequence_shared_by_trading_heads() -> None:
+    run = resolved("dp=2,cp=2")
+    run = replace(run, train=replace(run.train, context="ulysses", document_mask=True))
+    text = shown(run)
+    assert row(text, "cp", "all_to_all")[2].startswith("tokens against heads")
+    assert row(text, "cp", "all_gather")[3] == f"{2 * 4 * 8 * 2 * 8:,}"  # micro-batches, layers, bytes, sequences, T/cp
+    assert row(text, "norm.weight")[4] == "dp, cp"
+
+
 def test_norms_on_heads_are_summed_over_their_ranks() -> None:
     assert row(shown(resolved("tp=2", qk_norm=True)), "layers.*.attention.q_norm.weight")[4] == "tp"
 
 
-@pytest.mark.parametrize("layout", ["dp=2", "tp=2", "pp=3", "dp=2,tp=2,pp=2", "pp=4,dp=3"])
+@pytest.mark.parametrize("layout", ["dp=2", "tp=2", "pp=3", "dp=2,tp=2,pp=2", "pp=4,dp=3", "cp=2,pp=2", "dp=2,cp=2"])
 def test_every_byte_is_shown(layout: str) -> None:
     run = resolved(layout)
     text = shown(run)
     places = layout_of(run)
-    firsts = [rank for rank in range(run.mesh.world_size) if rank % (run.mesh.dp * run.mesh.tp) == 0]  # of the stages
+    firsts = [
+        rank for rank in range(run.mesh.world_size) if rank % (run.mesh.dp * run.mesh.cp * run.mesh.tp) == 0
+    ]  # of the stages
     predicted = [predict_step(run, places, coordinates(run.mesh, rank)) for rank in firsts]
     keys = {key for stage in predicted for key in stage}
-    assert {axis for axis, _ in keys} == {part.split("=")[0] for part in layout.split(",")} | {"world"}
+    axes = {part.split("=")[0] for part in layout.split(",")}
+    if "cp" in axes:  # gradients are summed over both at once
+        axes = axes - {"dp"} | {"dp_cp"}
+    assert {axis for axis, _ in keys} == axes | {"world"}
     for axis, operation in keys:
         cells = row(text, axis, operation)
         assert cells[2], "when it is sent"

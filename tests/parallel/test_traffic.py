@@ -86,6 +86,79 @@ def test_no_gradient_is_summed_below_the_first_trained_parameter(freeze: tuple[s
     assert sent == loss + 3 * HIDDEN * (9 + entries)
 
 
+KV = 2 * (2 * 8) * 2 * 8 * 4  # keys and values of a rank's half of a micro-batch, 2 heads of 8, in bytes
+QUERIES = (2 * 8) * 4 * 8 * 4
+
+
+def test_context_parallel_by_a_ring() -> None:
+    elements, parameters = 96 * 32 + 4 * LAYER + 32, 1 + 4 * LAYER_PARAMETERS + 1
+    expected = {
+        ("cp", "send"): 3 * 4 * (KV + KV + 2 * KV),  # forward; backward again; gradients, all the way home
+        ("dp_cp", "all_reduce"): 4 * (elements + parameters) + 8,
+        ("world", "all_reduce"): 24,
+    }
+    assert predicted("cp=2") == [expected] * 2
+    four = predicted("cp=4")[0]["cp", "send"]
+    assert four == 3 * 4 * (3 + 3 + 4) * KV // 2
+
+
+def test_context_parallel_by_trading_heads() -> None:
+    sent = predicted("cp=2", context="ulysses", document_mask=True)
+    assert sent[0]["cp", "all_to_all"] == 3 * 4 * 2 * (QUERIES + KV + QUERIES)
+    assert sent[0]["cp", "all_gather"] == 3 * 4 * (2 * 8 * 8)
+    assert ("cp", "all_gather") not in predicted("cp=2", context="ulysses")[0]
+
+
+def test_documents_travel_with_the_keys_and_only_forward() -> None:
+    plain, masked = (predicted("cp=2", document_mask=d)[0]["cp", "send"] for d in (False, True))
+    assert masked - plain == 3 * 4 * (2 * 8 * 8)
+
+
+def test_heads_and_tokens_are_shared_at_once() -> None:
+    both, cp, tp = (predicted(layout)[0] for layout in ("cp=2,tp=2", "cp=2", "tp=2"))
+    assert both["cp", "send"] * 2 == cp["cp", "send"]
+    assert both["tp", "all_reduce"] * 2 == tp["tp", "all_reduce"]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "layers"),
+    [
+        ((), 4),
+        (("embed",), 4),  # the first layer's norm is trained
+        (("embed", "layers.0", "layers.1"), 2),
+        (
+            (
+                "embed",
+                "layers.0.attention_norm",
+                "layers.0.attention.q",
+                "layers.0.attention.k",
+                "layers.0.attention.v",
+            ),
+            3,
+        ),
+        (("embed", "layers.0.attention", "layers.1."), 3),  # an MLP trained below makes a frozen layer pass gradients
+        (("embed", "layers", "norm"), 0),
+    ],
+)
+def test_no_gradient_goes_round_below_the_first_trained_parameter(freeze: tuple[str, ...], layers: int) -> None:
+    untied = replace(MODEL, tie_embeddings=False)
+    assert predicted("cp=2", untied, freeze=freeze)[0]["cp", "send"] == 3 * KV * (4 + 3 * layers)
+    trade = predicted("cp=2", untied, freeze=freeze, context="ulysses")[0]["cp", "all_to_all"]
+    assert trade == 3 * (2 * QUERIES + KV) * (4 + layers)
+
+
+def test_recomputed_layers_ask_for_the_keys_again() -> None:
+    usual, again = (predicted("cp=2", recompute=r, document_mask=True)[0]["cp", "send"] for r in ("none", "full"))
+    assert again - usual == 3 * 4 * (KV + 2 * 8 * 8)
+    usual, again = (predicted("cp=2", recompute=r, context="ulysses")[0]["cp", "all_to_all"] for r in ("none", "full"))
+    assert again * 2 == usual * 3
+    assert predicted("cp=2", recompute="selective") == predicted("cp=2")
+
+
+def test_gradients_of_keys_travel_in_float32_at_least() -> None:
+    assert predicted("cp=2", dtype="bfloat16")[0]["cp", "send"] == 3 * 4 * (KV // 2 + KV // 2 + 2 * KV)
+
+
 def test_pipeline() -> None:
     first, second, last = predicted("pp=3", replace(MODEL, tie_embeddings=False))
     assert first == {("pp", "send"): 3 * HIDDEN, ("world", "all_reduce"): 24}

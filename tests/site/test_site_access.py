@@ -61,7 +61,7 @@ def test_one_sees_where_the_keyboard_is(reader: Reader, site: Path) -> None:
 
 def test_the_menu_of_a_phone_opens_by_keyboard(reader: Reader) -> None:
     page = reader.open("index.html")
-    button = page.locator("label.md-header__button[for=__drawer]")
+    button = page.locator(".md-header__button[for=__drawer]")
     if page.viewport_size["width"] > 1000:
         expect(button).to_be_hidden()
         return

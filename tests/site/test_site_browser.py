@@ -63,7 +63,7 @@ def test_dark_and_light(reader: Reader) -> None:
 def test_search_finds_a_function(reader: Reader) -> None:
     page = reader.open("index.html")
     if page.viewport_size["width"] < 1000:
-        page.locator("label.md-header__button[for=__search]").click()
+        page.locator(".md-header__button[for=__search]").click()
     page.locator("input[name=query]").click()
     page.locator("input[name=query]").press_sequentially("all_reduce")
     first = page.locator(".md-search-result__link[href*='api/collectives']").first

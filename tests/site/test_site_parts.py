@@ -108,6 +108,7 @@ KNOWN = [
     Term(("rank",), "rank", "One process."),
     Term(("all_reduce", "all-reduce"), "all_reduce-all-reduce", 'The "sum".'),
     Term(("MFU",), "mfu", "Flops."),
+    Term(("process",), "process", "It runs."),
     Term(("process group",), "process-group", "Ranks."),
 ]
 

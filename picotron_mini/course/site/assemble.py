@@ -133,5 +133,6 @@ def _api(site: _Site) -> None:
         lessons = [stem for stem in taught.get(name, []) if (docs / "lessons" / f"{stem}.md").exists()]
         links = ", ".join(f"[{stem.replace('_', ' ')}]({up}lessons/{stem}.md)" for stem in lessons)
         text = f"# {title}\n\n" + (f"Taught in {links}.\n\n" if links else "") + f"::: {dotted(name)}\n"
-        _write(site, page, name, text)
+        answers = re.search(r"/course/(chapter|exhibits)_", name)  # a search must not show them to who looks for a word
+        _write(site, page, name, text, **({"search": "{ exclude: true }"} if answers else {}))
     _write(site, "api/index.md", "", "\n".join(rows) + "\n")

@@ -34,7 +34,7 @@ def questions(text: str) -> list[Question]:
     _, *parts = _HEADING.split(text)
     for heading, number, words, level, body in zip(*(parts[at::5] for at in range(5)), strict=True):
         short = body.partition("<details")[0].replace("**In 30 seconds.**", "").strip()
-        found.append(Question(int(number), words, level, short, slugify(re.sub(r"[`$\\]", "", heading), "-")))
+        found.append(Question(int(number), words, level, short, slugify(heading, "-")))
     return found
 
 

@@ -9,15 +9,20 @@
       else box.removeAttribute("tabindex");
     }
   };
-  // On a narrow screen the menu and the search open by a <label>, which the keyboard passes over.
+  // On a narrow screen the menu and the search open by a <label>, which the keyboard passes over: make it a button.
   for (const [id, name] of [["__drawer", "Menu"], ["__search", "Search"]]) {
+    const toggle = document.getElementById(id);
     for (const label of document.querySelectorAll(`label.md-header__button[for=${id}]`)) {
-      Object.assign(label, { tabIndex: 0, role: "button", ariaLabel: name });
-      label.addEventListener("keydown", (event) => {
-        if (event.key !== " ") return; // the theme clicks a label on Enter, once it has the focus
-        event.preventDefault();
-        label.click();
+      const button = document.createElement("button");
+      button.className = label.className;
+      button.setAttribute("for", id); // what the theme's style sheet shows and hides it by
+      button.ariaLabel = name;
+      button.append(...label.childNodes);
+      button.addEventListener("click", () => {
+        toggle.click();
+        if (id === "__search") document.querySelector(".md-search__input").focus();
       });
+      label.replaceWith(button);
     }
   }
   new MutationObserver(mend).observe(document.body, { childList: true, subtree: true });
