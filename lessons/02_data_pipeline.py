@@ -68,7 +68,8 @@ FOLDER = Path(tempfile.mkdtemp(prefix="picotron-"))  # for texts and tokens; rem
 # ## The problem, and its price
 #
 # How much data does training eat? A Llama-style model of 1.81 billion weights, in bf16 on one H100 at sequence length
-# 2048, was measured at 46,812 tokens a second (chapter 01). A token id takes two bytes as long as there are at most 65,536 of them.
+# 2048, was measured at 46,812 tokens a second (chapter 01). A token id takes two bytes as long as there are at most
+# 65,536 of them.
 
 # %%
 EATEN = 46_812  # tokens a second and GPU

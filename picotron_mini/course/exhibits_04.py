@@ -10,7 +10,7 @@ from dataclasses import replace
 from .. import collectives
 from ..layout import Placement
 from ..parallel import parallelize, tensor
-from .museum import MODEL, Exhibit
+from .museum import MODEL, TRAIN, Exhibit
 
 
 def copy_to_without_backward() -> None:
@@ -39,6 +39,12 @@ def slice_zero_for_all() -> None:
 def head_norms_not_summed() -> None:
     """The norm on queries and keys keeps the gradient of this rank's own heads."""
     parallelize.is_partial = lambda name, sequence_parallel=False: False
+
+
+def token_norms_not_summed() -> None:
+    """With sequence parallelism each norm keeps the gradient of this rank's own tokens."""
+    real = parallelize.is_partial
+    parallelize.is_partial = lambda name, sequence_parallel=False: real(name)
 
 
 EXHIBITS = [
@@ -86,5 +92,17 @@ EXHIBITS = [
         killed_on=("tp=2",),
         survives_on=("dp=1", "dp=2"),
         model=replace(MODEL, qk_norm=True),
+    ),
+    Exhibit(
+        id="04.token_norms_not_summed",
+        title="Norms that see half of the tokens",
+        story="Sequence parallelism leaves each rank a part of the tokens between the layers, and the norms are "
+        "there. Their weights are copies, as they were, but their gradients have become parts of a sum. Turning the "
+        "option on changes no shape of any weight, so nothing asks for the sum.",
+        symptom="copies of a norm's weight that drift apart between tensor-parallel ranks, with the option only.",
+        patch=token_norms_not_summed,
+        killed_on=("tp=2",),
+        survives_on=("dp=1", "dp=2"),
+        train=replace(TRAIN, sequence_parallel=True),
     ),
 ]

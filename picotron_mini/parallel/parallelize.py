@@ -177,7 +177,8 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             chunk._apply(lambda weight: empty(weight, device))
         else:
             chunk.to_empty(device=device)
-    _tie(chunks)
+    if len(chunks) > 1:
+        _tie(chunks)
     parameters = {global_name(config, name): p for chunk in chunks for name, p in chunk.named_parameters()}
     dtype = DTYPES[train.dtype]
     master_dtype = torch.promote_types(dtype, torch.float32)
@@ -224,7 +225,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
 
 
 def _tie(chunks: list[GPT]) -> None:
-    """Where a V brings a tied embedding and the head to one stage, they are one weight there."""
+    """Where a V brings a tied embedding and the head to one stage, in two chunks, they are one weight there."""
     embed = next((chunk.embed for chunk in chunks if chunk.embed is not None), None)
     head = next((chunk.head for chunk in chunks if chunk.head is not None), None)
     if chunks[0].config.tie_embeddings and embed is not None and head is not None:

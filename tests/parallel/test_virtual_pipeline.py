@@ -252,6 +252,8 @@ SLOW: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("tp=2,pp=2", "zb-v", {"sequence_parallel": True, "document_mask": True}, {}),
     ("dp=2", "zb-h1", {}, {}),
     ("tp=2,pp=2", "interleaved", {"micro_batches": 2, "recompute": "full", "loss_chunks": 3}, {}),
+    ("cp=2,pp=2", "zb-v", {}, {}),
+    ("cp=2,pp=2", "interleaved", {"micro_batches": 2, "context": "ulysses"}, {}),
 ]
 
 

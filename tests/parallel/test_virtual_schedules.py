@@ -12,7 +12,7 @@ import pytest
 from picotron_mini.parallel import schedule_interleaved, schedule_zero_bubble
 from picotron_mini.parallel.actions import Action, Message, Route, route_of
 from picotron_mini.parallel.receives import receives_in_one_order, receives_in_own_order
-from picotron_mini.parallel.schedules import SCHEDULES, Schedule, Timeline, draw, find_schedule, simulate
+from picotron_mini.parallel.schedules import SCHEDULES, Timeline, draw, find_schedule, simulate
 
 SIZES = list(itertools.product(range(1, 9), range(1, 17)))  # stages, micro-batches
 CASES = [("zb-h1", 1), ("zb-v", 2), ("interleaved", 2), ("interleaved", 3)]
@@ -114,16 +114,23 @@ def test_a_schedule_that_forgets_a_w_or_a_chunk_is_refused() -> None:
         simulate(SCHEDULES["1f1b"], 2, 2, route=Route(2, 2))
 
 
-def test_a_w_before_its_i_and_an_i_before_its_f_deadlock() -> None:
-    def swapped(first: str) -> Schedule:
-        def schedule(stage: int, stages: int, micro_batches: int) -> list[Action]:
-            return sorted(find_schedule("zb-h1")(stage, stages, micro_batches), key=lambda a: str(a)[0] != first)
+@pytest.mark.parametrize(("first", "second"), ["IF", "WI"])
+def test_a_half_before_what_it_needs_deadlocks(first: str, second: str) -> None:
+    def swapped(stage: int, stages: int, micro_batches: int) -> list[Action]:
+        actions = find_schedule("zb-h1")(stage, stages, micro_batches)
+        names = [str(action)[0] for action in actions]
+        actions.insert(names.index(second), actions.pop(names.index(first)))
+        return actions
 
-        return schedule
+    with pytest.raises(ValueError, match=f"stage 0 waits for the input of {first}0"):
+        simulate(swapped, 1, 2)
 
-    for first in "IW":
-        with pytest.raises(ValueError, match=f"stage 0 waits for the input of {first}0"):
-            simulate(swapped(first), 2, 2)
+
+def test_what_stays_on_a_stage_takes_no_time() -> None:
+    at = {(e.stage, str(e.action)): e for e in clock("zb-v", 2, 3, 1, send_cost=0.5).events}
+    assert at[2, "F0'"].start == at[2, "F0"].end == 3 + 2 * 0.5
+    assert at[0, "F0'"].end == 6 + 4 * 0.5
+    assert at[0, "I0"].end == 12 + 8 * 0.5 + 1  # the last stage does W0' before its other I
 
 
 def test_interleaved_needs_whole_groups() -> None:
