@@ -156,10 +156,10 @@ class GradientBuckets:
     def _start(self) -> None:
         current = self.buckets[self.next]
         self.next += 1
-        flags = [float(slot.used) for slot in current.slots]
-        current.flags.copy_(torch.tensor(flags, dtype=current.buffer.dtype))
-        for slot in current.slots:
+        current.flags.fill_(1.0)  # not copied from a list: the host would wait for the GPU
+        for number, slot in enumerate(current.slots):
             if not slot.used:
+                current.flags[number] = 0.0
                 slot.grad.zero_()
         current.work = all_reduce_async(current.buffer, self.axis)
 
