@@ -22,14 +22,15 @@
 # - cut the chain rule between two processes, by hand, and say what crosses the cut in each direction;
 # - derive how much of the time a pipeline idles, and say how many micro-batches a given idle share needs;
 # - write the two classic schedules as plain lists, and say what each costs in time and in memory;
+# - say how virtual stages and a backward in two halves shrink the bubble, and what they are paid with;
 # - read a timeline, a simulated one and that of a real run, and find what the stages wait for;
 # - split layers over stages when the output head costs as much as several layers;
 # - explain a deadlock of sends and receives from the stacks of the ranks;
 # - recognise four bugs that crash nothing.
 #
-# You need chapter 00 (ranks, send and receive), and chapter 03 for why losses are divided by the *global* number of
-# tokens. Chapter 04 is compared with, not needed. Everything runs here on real processes. Reading and running takes
-# 30 to 60 minutes, the exercises longer.
+# You need chapter 00 (ranks, send and receive), chapter 01 (18 bytes a weight, the bytes of activations, the flops of
+# the head), and chapter 03 for why losses are divided by the *global* number of tokens. Chapter 04 is compared with,
+# not needed. Everything runs here on real processes. Reading and running takes 30 to 60 minutes, the exercises longer.
 
 # %%
 import inspect
@@ -41,23 +42,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from picotron_mini.collectives import ledger, receive, send
-from picotron_mini.config import MeshShape, ModelConfig, resolve
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, resolve
 from picotron_mini.course.exercises import check
 from picotron_mini.course.in_order import messages_in_order
 from picotron_mini.course.museum import kill, run, show
 from picotron_mini.course.picture import LINES, drawing, figure, picture
 from picotron_mini.course.saved import SavedBytes
 from picotron_mini.course.timeline import draw_timelines, merge, pretend, timed
+from picotron_mini.data.loader import Batch
 from picotron_mini.launch import RankError, launch
 from picotron_mini.mesh import Mesh
 from picotron_mini.model.costs import head_flops, layer_activation_bytes, layer_flops, parameters
 from picotron_mini.model.gpt import GPT, IGNORE, init_weights
 from picotron_mini.parallel import partial, pipeline, schedules
-from picotron_mini.parallel.parallelize import layout_of, stage_layers
+from picotron_mini.parallel.deferred import Deferred
+from picotron_mini.parallel.parallelize import layout_of, parallelize, stage_layers
 from picotron_mini.parallel.pipeline import run_pipeline
-from picotron_mini.parallel.schedules import SCHEDULES, Action, Event, balance, draw, simulate
+from picotron_mini.parallel.schedule_zero_bubble import zb_h1
+from picotron_mini.parallel.schedules import (
+    SCHEDULES,
+    Action,
+    Event,
+    balance,
+    draw,
+    find_schedule,
+    route_of,
+    simulate,
+)
 from picotron_mini.parallel.traffic import predict_step
 from picotron_mini.presets import preset
+from picotron_mini.training.step import compute_gradients, gradients_of
 from picotron_mini.verify import MODEL, TRAIN, verify
 
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
@@ -82,13 +96,15 @@ print(f"tensor parallel: {4 * EIGHT_B.num_layers * hidden_bytes / 1e6:7,.1f} MB 
 print(f"one border:      {hidden_bytes / 1e6:7,.1f} MB on the way forward, as many back")
 
 # %% [markdown]
-# A factor of 64, both ways counted, and it goes to one neighbour. The price is another one: while a sequence is in the
-# first layers, the ranks that have the last layers wait for it. How long, and what can be done about it, is this
-# chapter.
+# A factor of 64, both ways counted, in *payload*: what a rank hands over to be sent. (Of the payload of an all_reduce
+# a rank of a ring of $n$ then sends $2(n-1)/n$; a message to a neighbour is sent once.) The price is another one:
+# while a sequence is in the first layers, the ranks that have the last layers wait for it. How long, and what can be
+# done about it, is this chapter.
 #
 # ## Cutting the chain rule
 #
-# A **stage** is a rank with a run of consecutive layers. The first has the embedding too, the last the final norm, the
+# A **stage** is a run of consecutive layers, and the ranks that hold it: one here, two of them with `dp=2,pp=2`. The
+# first has the embedding too, the last the final norm, the
 # output head and the loss. Say there are three:
 #
 # $$h_1 = f_0(\text{tokens}) \qquad h_2 = f_1(h_1) \qquad L = f_2(h_2)$$
@@ -214,7 +230,7 @@ assert naive.bubble == 0.75
 #
 # $$(m + p - 1)(f + b)$$
 #
-# of which each stage works $m(f+b)$. The rest is the **bubble**, a share of
+# of which each stage works $m(f+b)$, and waits for the rest. The share of the time that it waits is the **bubble**:
 #
 # $$\frac{p-1}{m+p-1}$$
 #
@@ -228,7 +244,7 @@ for p in (2, 4, 8):
     assert all(abs(share - (p - 1) / (m + p - 1)) < 1e-12 for share, m in zip(idle, (1, 4, 16, 64), strict=True))
 
 # %% [markdown]
-# A rule to remember: with four micro-batches for each stage the bubble is a bit below a fifth. It is a share of *time*,
+# A rule to remember: with four micro-batches for each stage the bubble is at most a fifth. It is a share of *time*,
 # and time is money: 8 stages and 16 micro-batches pay for 8 GPUs and get less than 6.
 #
 # Why not a thousand micro-batches? The batch is given by what trains well, so more micro-batches are smaller ones,
@@ -256,21 +272,28 @@ for name in ("afab", "1f1b"):
 # the same bubble only moves to another place.
 #
 # The difference is in the last number, the *live* micro-batches. Between its forward and its backward the activations
-# of a micro-batch must be kept. All-forward-all-backward keeps all $m$. Under 1F1B stage $s$ runs $p-1-s$ forwards
-# first, one for each stage behind it: that is how long the first micro-batch needs to go to the end and turn around.
-# From then on it starts a forward only when it is about to run a backward. So it keeps at most $p - s$, whatever $m$
+# of a micro-batch must be kept. All-forward-all-backward keeps all $m$. Under 1F1B stage $s$ warms up
+# with $p-1-s$ forwards, one for each stage behind it, and then alternates: a forward, a backward. (Its first backward
+# is not there at once. The picture shows stage 0 run F0 to F3, then wait six units until B0 can start.) After the
+# warm-up it runs a forward only where a backward follows. So it keeps at most $p - s$, whatever $m$
 # is, and you may raise $m$, which is what shrinks the bubble, without paying in memory. That is its whole point.
 #
 # ## One executor for any list
 #
-# The other half of the library's pipeline runs a list of actions on a real stage. Compare it with the naive code above:
-# the same `receive`, `requires_grad_`, `backward`, `send`, but each for a micro-batch, in whatever order the list says.
+# The other half of the library's pipeline runs a list of actions on a real stage. Here is its heart. Look for the four
+# lines of the naive code, now one micro-batch at a time, in whatever order the list says: `mail.take` waits for a
+# message whose `receive` was started before, `requires_grad_` makes it a leaf, `backward` is backward, and `mail.put`
+# starts a `send`. `route.needs` and `route.makes` say which message an action starts from and leaves, `live` holds what
+# is kept between a forward and its backward. Skip `chunk`, `backward_input` and what comes after it for now: they wait
+# for "A smaller bubble", further down.
 
 # %% tags=["nbval-ignore-output"]
-print(inspect.getsource(run_pipeline))
+source = inspect.getsource(run_pipeline)
+print(source[source.index("    def run_forward_of") :])
 
 # %% [markdown]
-# Nothing in it knows a schedule's name, and each training step of the library goes through it. With one stage no
+# (`receive` and `send` themselves stand in [`_Mail`](../picotron_mini/parallel/pipeline.py), a page above it.) Nothing
+# in it knows a schedule's name, and each training step of the library goes through it. With one stage no
 # message is sent, and 1F1B reads `F0 B0 F1 B1 ...`: run a micro-batch, add its gradient, let go of its activations.
 # That is gradient accumulation, and so it has no code of its own.
 #
@@ -318,7 +341,8 @@ for stages in (1, 3):
 
 # %% [markdown]
 # Note what `forward` divides by: $N$, the targets of the whole batch. Divide each micro-batch by its own number of
-# targets, or forget to divide, and you have a bug that the museum below shows.
+# targets and then by $m$, and you have a mean of means (chapter 03). Forget a divisor, and all gradients are too large
+# by a whole factor; the museum below has one that was forgotten.
 #
 # ## What is kept: micro-batches, and bytes
 #
@@ -387,8 +411,9 @@ picture(
 )
 
 # %% [markdown]
-# The staircase is a property of 1F1B: the first stage holds $p$ micro-batches and the last one. A machine of equal GPUs
-# must be sized for stage 0.
+# The staircase is a property of 1F1B: the first stage holds $p$ micro-batches, the last stage a single one. With equal
+# layers on equal GPUs stage 0 is the first to run out of memory, unless the vocabulary is so large that the
+# log-probabilities of one micro-batch outweigh the layers' activations of $p - 1$.
 #
 # ## The clock and the real run
 #
@@ -538,7 +563,7 @@ assert not report.bytes_problems
 
 # %%
 base = preset("bench")
-print(f"{'':8}{'a rank sends at most':>22}")
+print(f"{'':8}{'most payload of a rank':>22}")
 for text in ("pp=2", "tp=2", "pp=4", "tp=4"):
     settings = resolve(replace(base, layout=text, train=replace(base.train, device="cpu")))
     layout = layout_of(settings)
@@ -547,10 +572,11 @@ for text in ("pp=2", "tp=2", "pp=4", "tp=4"):
     print(f"{text:8}{most / 1e9:>19.2f} GB")
 
 # %% [markdown]
-# A factor of 49 to 98. And each all_reduce is a meeting of all ranks for which the computation stops: in the layers
-# alone there are $4 \cdot 24$ of them for a micro-batch. An inner stage sends two messages for it, and they travel
-# while the next micro-batch is computed. That is why pipelines are what crosses the slow links between machines, and
-# tensor parallelism stays inside one.
+# A factor of 49 to 98 in payload. On a ring of four a rank sends 1.5 times its payload of an all_reduce, which makes
+# that 73 to 98 on the wire. And each all_reduce is a meeting of all ranks for which the computation stops: in the
+# layers alone there are $4 \cdot 24$ of them for a micro-batch. An inner stage sends two messages for it, and they
+# travel while the next micro-batch is computed. That is why pipelines are what crosses the slow links between
+# machines, and tensor parallelism stays inside one.
 #
 # ## What it costs: latency
 #
@@ -576,8 +602,8 @@ assert steps["1f1b"][-1] > 1.4 * steps["afab"][-1]
 # $$f + b + \frac{2(p-1)}{p}\,c$$
 #
 # in the long run. The lean memory of 1F1B is a budget of work in flight, and latency eats it. The cure is to run
-# further ahead: with $2(p-1-s)$ forwards before the first backward, in place of $p-1-s$, the travel is hidden as long
-# as $c \le (f+b)/2$. The price is nearly twice the memory. You write that schedule in exercise 5.
+# further ahead: with a warm-up of $2(p-1-s)$ forwards before a stage alternates, in place of $p-1-s$, the travel is
+# hidden as long as $c \le (f+b)/2$. The price is nearly twice the memory. You write that schedule in exercise 5.
 
 # %%
 p, c = 4, 0.5
@@ -640,10 +666,23 @@ draw_timelines(
 
 # %% [markdown]
 # The head does not show in a count of parameters here (it is tied to the embedding) and not in a count of layers.
-# `balance` finds the best split by dynamic programming over (stage, first layer of the stage), exactly. Among equally
-# fast splits it gives early stages the fewest layers, because under 1F1B they keep the most micro-batches. The
-# embedding is a look-up and costs no time worth counting.
+# `balance` makes the slowest stage as fast as it can be, by dynamic programming over (stage, first layer of the stage),
+# exactly. Among splits with the same slowest stage it gives early stages the fewest layers, because under 1F1B they
+# keep the most micro-batches. The embedding is a look-up and costs no time worth counting.
 #
+# The slowest stage is all that it minimises. It sets the pace of a long step, and not the length of a short one: of two
+# splits with the same slowest stage, one may have seven others that are faster, and take less time as long as there are
+# few micro-batches. `balance` does not look for it.
+
+# %%
+SPLITS = {"of balance": [1, 1, 4, 4, 4, 4, 4, 2], "by hand": [4, 3, 3, 3, 3, 3, 3, 2]}  # 24 layers, a head of 1.33
+assert [len(part) for part in balance([1.0] * 24, 8, last_extra=1.33)] == SPLITS["of balance"]
+for name, split in SPLITS.items():
+    costs = [n + 1.33 * (stage == 7) for stage, n in enumerate(split)]
+    times = {m: simulate(SCHEDULES["1f1b"], 8, m, costs, [2 * cost for cost in costs]).total for m in (8, 64)}
+    print(f"{name:11}slowest stage {max(costs)}: {times[8]:.1f} with 8 micro-batches, {times[64]:.1f} with 64")
+
+# %% [markdown]
 # Does a real run agree? Four real stages, with sleeps in the proportions above:
 
 # %%
@@ -707,9 +746,9 @@ assert error({"embed.weight": lookup + scores}, {"embed.weight": tied_truth}) < 
 print(inspect.getsource(partial._exchange))
 
 # %% [markdown]
-# The price is the local part of the embedding's gradient from both ends, which can be more than all activations of the
-# step: for the model of the balance example 1.05 GB in float32. And the global gradient norm must count the weight
-# once.
+# The price is the local part of the embedding's gradient from both ends: for the model of the balance example 1.05 GB
+# in float32. A border of that model carries 4,096 bytes a token each way (in bf16), so this is what the activations of
+# 256,512 tokens weigh, the size of an ordinary step. And the global gradient norm must count the weight once.
 #
 # ## Who waits for whom
 #
@@ -719,7 +758,9 @@ print(inspect.getsource(partial._exchange))
 #
 # On GPUs there is a subtler form of the same. NCCL runs the messages of one process group one after the other, in the
 # order in which the program asked for them. Our executor asks early for what the next action needs, so that it can
-# travel while this one computes:
+# travel while this one computes. This function decides that: for each action the list of receives to start before it.
+# `route.needs` gives the message that an action starts from (none at the pipeline's ends), `m.kind` its direction,
+# "forward" or "backward", and `opened` are the directions in which a message has been asked for at all.
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(pipeline.receives_in_own_order))
@@ -778,10 +819,11 @@ print("rank 0 waits in a backward for a gradient, rank 1 in a forward for an act
 # That is how to read a hang: not *where* each rank is, but *which message* each waits for, then which rank was to send
 # it, and what that rank does instead. Here both senders have the message ready, behind the receive that they wait for.
 #
-# The executor keeps four rules, and its docstring states them: a group for each direction; every stage receives in the
-# order in which its neighbour sends; a gradient always goes back, even zeros from a stage that ignored its input; at
-# most two sends a direction are under way. A [test](../tests/parallel/test_pipeline.py) writes down the executor's
-# calls, lays NCCL's rules over them as a graph, and looks for circles, for sizes up to 8 stages and 16 micro-batches.
+# The executor keeps four rules, which stand at the head of [pipeline.py](../picotron_mini/parallel/pipeline.py): a
+# group for each direction; every stage receives in the order in which its neighbour sends; a gradient always goes
+# back, even zeros from a stage that ignored its input; at most two sends a direction are under way. A
+# [test](../tests/parallel/test_pipeline.py) writes down the executor's calls, lays NCCL's rules over them as a graph,
+# and looks for circles, for sizes up to 8 stages and 16 micro-batches.
 #
 # ## Messages carry no label
 #
@@ -861,6 +903,125 @@ for (name, scale_grads), per_stage in zip(cases, zip(*launch(theirs, cases, worl
 # 1f1b`). Neither shrinks the bubble by itself: with equal stages both idle $(p-1)/(m+p-1)$ of the time, and only $m$
 # makes it smaller.
 #
+# ## A smaller bubble
+#
+# But $m$ is given by the batch. What else is in the formula? The $p - 1$ in it is the way of the first micro-batch down
+# the stages and of the last gradient back up, $(p-1)(f+b)$. There are two ways to shorten that, and both can be had
+# together.
+#
+# **Virtual stages.** Cut the model into $vp$ parts instead of $p$ and deal them out in turn: with $p=2$, $v=2$ rank 0
+# holds parts 0 and 2, rank 1 parts 1 and 3. The way to the end of the *first round* passes $p-1$ parts that are $v$
+# times as small, and a rank that would wait for the way back takes a micro-batch of its second part meanwhile. This is
+# **interleaved** 1F1B (arXiv 2104.04473):
+#
+# $$\text{bubble} = \frac{p-1}{v\,m+p-1}$$
+#
+# Each micro-batch goes round $v$ times, so there are $vp-1$ borders in place of $p-1$, and about $v$ times the bytes.
+#
+# **Half a backward.** For a linear layer $y = xW^T$ a backward is two products with as many flops each:
+#
+# $$\frac{\partial L}{\partial x} = \frac{\partial L}{\partial y}\,W \qquad
+# \frac{\partial L}{\partial W} = \Big(\frac{\partial L}{\partial y}\Big)^{\!T} x$$
+#
+# The stage before waits for the first, call it I. Nobody waits for the second, W, until the optimizer does. So send I's
+# result on at once, and do W where the stage would idle. That is **zero bubble** (arXiv 2401.10241). Its schedule ZB-H1
+# is 1F1B with I in place of B, and each W put off by as many backwards as the stage has stages above it:
+
+# %% tags=["nbval-ignore-output"]
+print(inspect.getsource(zb_h1))
+
+# %% [markdown]
+# Autograd does both products in one sweep. The library replaces the forward of a linear layer by one whose backward
+# does I, and puts aside what W needs. By hand, on one layer:
+
+# %%
+linear = nn.Linear(4, 3, bias=False).double()
+x = torch.arange(8.0, dtype=torch.float64).view(2, 4).requires_grad_()
+right_x, right_w = torch.autograd.grad(linear(x).square().sum(), [x, linear.weight])
+deferred = Deferred([linear])
+with deferred.collecting() as products:
+    linear(x).square().sum().backward()
+print(f"after I: dL/dx is {'right' if torch.allclose(x.grad, right_x) else 'wrong'}, dL/dW {linear.weight.grad}")
+assert linear.weight.grad is None and torch.allclose(x.grad, right_x)
+products[0].run()
+print(f"after W: dL/dW is {'right' if torch.allclose(linear.weight.grad, right_w) else 'wrong'}")
+assert torch.allclose(linear.weight.grad, right_w)
+
+# %% [markdown]
+# **The V.** Lay two parts a rank out as a V in place of a loop (arXiv 2405.15362): rank 0 holds the first and the last,
+# the last rank the two in the middle. The path turns round without a message, and on every rank one micro-batch goes
+# down while another comes up. With split backwards nothing is left to wait for but the first way down. Embedding and
+# head are on one rank, so a tied embedding is there once, and nothing needs to be exchanged.
+#
+# All five on one clock. A whole stage takes 1 forward and 2 backward, I and W 1 each; half a stage takes half of it.
+# "Live" counts micro-batches through a *whole* stage, so two halves are one:
+
+# %%
+p, m = 4, 8
+five = {}
+print(f"{'':12}{'time':>6}{'idle':>8}   most live activations, by stage")
+for name in ("afab", "1f1b", "interleaved", "zb-h1", "zb-v"):
+    v = 2 if name in ("interleaved", "zb-v") else 1
+    five[name] = simulate(find_schedule(name, v), p, m, 1 / v, 2 / v, route=route_of(name, p, v))
+    live = [peak / v for peak in five[name].peak_live]
+    print(f"{name:12}{five[name].total:>6.1f}{100 * five[name].bubble:>6.1f} %   {live}")
+assert abs(five["interleaved"].bubble - (p - 1) / (2 * m + p - 1)) < 1e-12
+assert five["zb-h1"].total == 3 * m + (p - 1)  # 1F1B: 3 m + 3 (p - 1)
+assert five["zb-v"].total == (6 * m + p - 1) / 2  # in forwards of half a stage: 6 m + p - 1
+assert max(five["zb-h1"].peak_live) == max(five["1f1b"].peak_live) == p
+
+# %% tags=["nbval-ignore-output"]
+draw_timelines(
+    five,
+    "Five timelines of four stages and eight micro-batches, one below the other. All-forward-all-backward and 1F1B end "
+    "last, after 33 units. Interleaved ends earlier, with smaller boxes. ZB-H1 ends after 27: its stages fill the end "
+    "with weight gradients. ZB-V ends after 25.5, and the upper stages have hardly a gap.",
+    "forwards of a whole stage",
+)
+
+# %% [markdown]
+# Read the price in the last column. Interleaved keeps *more* than 1F1B on every stage, since it runs further ahead.
+# ZB-H1 keeps on all stages what 1F1B keeps on stage 0: equal sizes, so nothing is lost on equal GPUs. ZB-V keeps as
+# much too, and has the shortest step. (The simulator counts a micro-batch as live until its W. What I has used up is
+# freed earlier; only inputs and output gradients of linear layers wait for W.)
+#
+# A claim of equal gradients is easier to make than to keep here: one weight gradient too few and the loss is still
+# right. So on real ranks, against one device:
+
+# %%
+for name in ("afab", "1f1b", "interleaved", "zb-h1", "zb-v"):
+    said = verify("pp=2", train=replace(TRAIN, schedule=name, micro_batches=4), optimizers=("sgd",))
+    assert said.ok and not said.bytes_problems
+    print(f"{name:12}equal to one device; rank 0 sent {said.bytes_counted['pp send']:>7,} bytes, as predicted")
+
+# %% [markdown]
+# Besides the tied embedding's gradient, rank 0 sends one border's worth with a single stage a rank: activations down.
+# Interleaved it sends three, the activations of both its parts and the gradient of the second. In the V it sends two,
+# activations down and, from the head, gradients; and the tied embedding is on one rank, so it sends none of that.
+#
+# Not everything goes together. What cannot, is refused before a process starts:
+
+# %%
+REFUSED = [
+    {"schedule": "interleaved", "micro_batches": 3},  # groups of pp micro-batches fill the ring
+    {"schedule": "zb-h1", "compile": True},  # a compiled backward is one piece
+    {"schedule": "zb-v", "recompute": "layer"},  # so is one that runs the forward again
+    {"schedule": "zb-h1", "loss_chunks": 2},  # and that of a loss in chunks
+]
+for settings in REFUSED:
+    try:
+        resolve(RunConfig(layout="pp=2", model=MODEL, train=replace(TRAIN, **settings)))
+    except ConfigError as refused:
+        print(refused, end="\n\n")
+    else:
+        raise AssertionError("it was accepted")
+
+# %% [markdown]
+# Which to take? Where memory allows and links are fast, more parts; where links are slow, ZB-H1, which sends what 1F1B
+# sends. Two warnings. Costs are equal here: where I, W and F differ, or the head makes the last part heavy, some bubble
+# returns (give `simulate` your own). And a smaller matrix product, or a backward that cannot be compiled, may cost more
+# than the bubble it removes. How these schedules fare on GPUs has not been measured in this course.
+#
 # ## Exercises
 #
 # Fill in a body and run the cell; the check answers with one line, and if it fails the line names the misconception.
@@ -924,7 +1085,7 @@ check("05.slow_links", slow_links)
 # %% [markdown]
 # ## From the bug museum
 #
-# Room 05 has bugs of pipelines. This one was found in huggingface/picotron, and others like it in torchtitan.
+# Room 05 has bugs of pipelines. This one was found in huggingface/picotron.
 
 # %% tags=["nbval-ignore-output"]
 show("05.loss_not_divided")
@@ -938,24 +1099,57 @@ assert not broken.ok
 assert not broken.bytes_problems, "every byte is right"
 
 # %% [markdown]
-# Three micro-batches, so everything is three times what it should be: off by two. And the weights agree! Gradients are
-# clipped by their norm in this run, and a factor in the gradient is a factor in the norm. AdamW would hide it too. A
-# test that compares weights alone, or loss curves of a clipped run, never sees this bug. `verify` compares gradients.
+# Three micro-batches, so gradients and norm are three times what they should be: off by two. The loss that is printed
+# is right, and stays right, because the *weights* agree to seven digits! Gradients are clipped by their norm in this
+# run, and a factor in the gradient is a factor in the norm. AdamW would hide it without clipping. Whoever compares
+# losses, or weights of a clipped run, never sees this bug. `verify` compares gradients.
 #
-# And would *your* test have noticed? Write a function of the mesh that runs on both stages of `pp=2`. The bug sits in
-# `picotron_mini.training.step`: so call `compute_gradients` (or `train_step`) on a model of `parallelize`, and compare
-# the loss or a gradient with what one device says. It must pass on the sound library and fail with the bug in it.
+# And would *your* test have noticed? A test is a function of the mesh that runs on both stages of `pp=2`, in ranks in
+# which the bug has been planted. (So do not call `verify` in it: that starts ranks of its own, and they are sound.)
+# Here is one step of the library on the batch of this lesson, and a test that many would write:
 
 
 # %%
-def my_test(mesh: Mesh) -> None: ...
+def library_step(mesh: Mesh) -> tuple[float, dict[str, Tensor]]:
+    """On this stage of pp=2: the loss (0 on the first stage), and the gradients by name, in 4 micro-batches."""
+    train = replace(TRAIN, seq_len=T, micro_batch_size=ROWS // 4, micro_batches=4)
+    parallel = parallelize(resolve(RunConfig(layout="pp=2", model=CONFIG, train=train)), mesh, torch.device("cpu"))
+    tokens, targets = make_batch()
+    positions, documents = torch.arange(T).expand(ROWS, T), torch.zeros_like(tokens)  # one document a row
+    parts = zip(*(x.chunk(4) for x in (tokens, targets, positions, documents)), strict=True)
+    loss, _ = compute_gradients(parallel, [Batch(*part) for part in parts])
+    return loss.item(), gradients_of(parallel)
+
+
+one_device = make_stage(0, 1)
+true_loss = (one_device.loss(one_device(make_batch()[0]), make_batch()[1]) / N).item()
+
+
+def compares_losses(mesh: Mesh) -> None:
+    loss, _ = library_step(mesh)
+    assert mesh["pp"].index == 0 or abs(loss - true_loss) < 1e-9
+
+
+assert not kill("05.loss_not_divided", compares_losses, record=False).passed
+
+# %% [markdown]
+# Now yours. The gradients of one device are in `truth`, by the same names. It must pass on the sound library and fail
+# with the bug in it.
+
+
+# %%
+def my_test(mesh: Mesh) -> None:
+    """Use `library_step(mesh)` and assert something that the bug breaks."""
 
 
 kill("05.loss_not_divided", my_test)
 
 # %% [markdown]
-# More of this room: `05.stages_start_alike`, `05.tied_weight_not_exchanged`, `05.gradients_in_stack_order`. For each:
-# on which layouts is it invisible? Those are the ones on which people test.
+# More of this room: `05.stages_start_alike`, `05.tied_weight_not_exchanged`, `05.gradients_in_stack_order`. At the back
+# of it are three of the schedules with a smaller bubble: `05.last_weights_forgotten` ends the step with the last I,
+# `05.reduced_before_last_weights` sums gradients over the replicas while a W is to come, and
+# `05.messages_in_own_order` lets the stages of a V take one message for another. For each: on which layouts is it
+# invisible? Those are the ones on which people test.
 #
 # ## On GPUs
 #
@@ -966,6 +1160,8 @@ kill("05.loss_not_divided", my_test)
 # $ picotron-mini describe pp=4 --preset bench --device cpu                   # who holds which layers, and sends what
 # $ picotron-mini bench --preset bench --layout pp=2 --micro-batches 8        # tokens per second, against --layout dp=1
 # $ picotron-mini bench --preset bench --layout pp=2 --micro-batches 8 --schedule afab
+# $ picotron-mini bench --preset bench --layout pp=2 --micro-batches 8 --schedule interleaved --virtual-stages 3
+# $ picotron-mini bench --preset bench --layout pp=2 --micro-batches 8 --schedule zb-v --no-compile
 # ```
 #
 # or joins those of `torchrun`, for example one stage a machine on two machines:
@@ -988,4 +1184,4 @@ kill("05.loss_not_divided", my_test)
 # - *Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM* (arXiv 2104.04473): 1F1B at scale,
 #   several runs of layers a stage, and how the three parallelisms are combined.
 # - *Zero Bubble Pipeline Parallelism* (arXiv 2401.10241) cuts the backward in two, so that there is work left for the
-#   bubble.
+#   bubble; arXiv 2405.15362 lays it out as a V.

@@ -19,15 +19,19 @@ from .museum import TRAIN, Exhibit
 
 
 def loss_not_divided() -> None:
-    """In the pipeline each micro-batch's loss counts as if it were the whole batch."""
+    """In the pipeline the loss is divided for the log, and what backward sees is not."""
     real = step.run_pipeline
 
     def pipeline(
         actions: Sequence[Action], *, forward: Callable[[int, Tensor | None], Tensor], axis: Axis, **rest: Any
     ) -> Tensor:
+        missing = len(actions) // 2  # F and B of each: the number of micro-batches
+
         def whole(m: int, hidden: Tensor | None) -> Tensor:
             output = forward(m, hidden)
-            return output * (len(actions) // 2) if 0 < axis.index == axis.size - 1 else output
+            if not 0 < axis.index == axis.size - 1:
+                return output
+            return output + (missing - 1) * (output - output.detach())  # the value of output, `missing` times its slope
 
         return real(actions, forward=whole, axis=axis, **rest)
 
@@ -73,10 +77,12 @@ EXHIBITS = [
     Exhibit(
         id="05.loss_not_divided",
         title="Gradients times the number of micro-batches",
-        story="picotron's pipeline step does not divide the loss by the number of micro-batches, and its step without "
-        "a pipeline does: at four micro-batches the gradient norm is 4.00 times too large. torchtitan #1733 and #2972 "
-        "are of the same family. AdamW divides by the gradient's own size, and clipping by its norm: both hide it.",
-        symptom="the norm differs between pp=1 and pp=2 by a whole factor; with AdamW the loss curves agree.",
+        story="picotron's pipeline step divides the loss that it logs by the number of micro-batches, and not the loss "
+        "that it calls backward on; its step without a pipeline divides both. At four micro-batches the gradient norm "
+        "is 4.00 times too large, and the logged loss is right. AdamW divides by the gradient's own size, and clipping "
+        "by its norm: both hide it from the weights.",
+        symptom="the gradient norm differs between pp=1 and pp=2 by a whole factor; the losses agree, and after "
+        "clipped steps the weights too.",
         patch=loss_not_divided,
         killed_on=("pp=2",),
         survives_on=("dp=1", "dp=2"),

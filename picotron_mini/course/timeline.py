@@ -27,7 +27,9 @@ from ..parallel.schedules import Action, Event, Timeline
 from .picture import GREY, INK, PALE, Picture
 
 Forward = Callable[[int, Tensor | None], Tensor]
-COLOURS = {"forward": PALE[0], "backward": PALE[1]}
+COLOURS = {"forward": PALE[0], "backward": PALE[1], "backward_input": PALE[4], "backward_weight": PALE[2]}
+NAMES = {"forward": "forward", "backward": "backward", "backward_input": "I, input's half of a backward",
+         "backward_weight": "W, weights' half"}  # fmt: skip
 LEFT, WIDTH, RIGHT, ROW = 60, 680, 12, 18  # pixels of a picture: the stages' names, all, room for a tick, one stage
 
 
@@ -85,7 +87,7 @@ def pretend(x: Tensor, forward_seconds: float, backward_seconds: float) -> Tenso
 
 
 def draw_timelines(timelines: Mapping[str, Timeline], words: str, unit: str) -> Picture:
-    """Timelines below each other on one clock, a row a stage: blue forwards, orange backwards, nothing for waiting.
+    """Timelines below each other on one clock, a row a stage: a colour for each kind of action, none for waiting.
 
     Written as SVG by hand: with a few hundred boxes a plotting library's file is ten times as large.
 
@@ -95,17 +97,25 @@ def draw_timelines(timelines: Mapping[str, Timeline], words: str, unit: str) -> 
         unit: of the times.
     """
     scale = (WIDTH - LEFT) / max(timeline.total for timeline in timelines.values())
-    boxes: dict[str, list[str]] = {"forward": [], "backward": []}
+    boxes: dict[str, list[str]] = {kind: [] for kind in COLOURS}
     numbers, labels, lines = [], [], []
-    y = 0.0
+    events = [event for timeline in timelines.values() for event in timeline.events]
+    x, y = float(LEFT), 14.0
+    for kind in (kind for kind in COLOURS if any(event.action.kind == kind for event in events)):
+        boxes[kind].append(f'<rect x="{x:g}" y="1" width="14" height="10"/>')
+        labels.append(f'<text x="{x + 19:g}" y="10">{NAMES[kind]}</text>')
+        x += 40 + 6.2 * len(NAMES[kind])
+    prime = ", ' a second chunk" if any(event.action.chunk for event in events) else ""
+    labels.append(f'<text x="{x:g}" y="10">number: micro-batch{prime}</text>')
     for title, timeline in timelines.items():
         y += 20
         labels.append(f'<text x="{LEFT}" y="{y - 6:g}">{title}: {100 * timeline.bubble:.0f} % idle</text>')
         for stage, action, start, end in timeline.events:
             x, width, top = LEFT + start * scale, (end - start) * scale, y + ROW * stage
             boxes[action.kind].append(f'<rect x="{x:.1f}" y="{top:g}" width="{width:.1f}" height="{ROW - 2}"/>')
-            if width > 6 * len(str(action.micro_batch)):  # the number fits
-                numbers.append(f'<text x="{x + width / 2:.1f}" y="{top + 12:g}">{action.micro_batch}</text>')
+            number = f"{action.micro_batch}{chr(39) * action.chunk}"
+            if width > 6 * len(str(action.micro_batch)) + 2 * action.chunk:  # the number fits
+                numbers.append(f'<text x="{x + width / 2:.1f}" y="{top + 12:g}">{number}</text>')
         for stage in range(timeline.stages):
             x, top = LEFT - 6, y + ROW * stage + 12
             labels.append(f'<text x="{x}" y="{top:g}" text-anchor="end">stage {stage}</text>')
@@ -119,7 +129,8 @@ def draw_timelines(timelines: Mapping[str, Timeline], words: str, unit: str) -> 
     size = f'width="{WIDTH + RIGHT}" height="{y + 36:g}" viewBox="0 0 {WIDTH + RIGHT} {y + 36:g}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
     for kind, found in boxes.items():
-        parts.append(f'<g fill="{COLOURS[kind]}" stroke="{GREY}" stroke-width="0.5">{"".join(found)}</g>')
+        if found:
+            parts.append(f'<g fill="{COLOURS[kind]}" stroke="{GREY}" stroke-width="0.5">{"".join(found)}</g>')
     parts.append(f'<g fill="{INK}" font-size="9" text-anchor="middle">{"".join(numbers)}</g>')
     parts.append(f'<g fill="{GREY}">{"".join(labels)}</g><g stroke="{GREY}">{"".join(lines)}</g></svg>')
     return Picture("\n".join(parts), words)

@@ -14,8 +14,12 @@ def balance(costs: Sequence[float], stages: int, first_extra: float = 0.0, last_
     The slowest stage sets the pace of all. The embedding on the first stage and the head with its loss on the
     last one count as well (`first_extra`, `last_extra`, in the unit of `costs`): with a large vocabulary the
     head alone can cost several layers. Exact, by dynamic programming over (stage, first layer of the stage),
-    in O(stages * layers^2). Among equally fast splits, early stages get the fewest layers: under 1F1B they
-    hold the activations of the most micro-batches.
+    in O(stages * layers^2). Among splits with the same slowest stage, early stages get the fewest layers: under
+    1F1B they hold the activations of the most micro-batches.
+
+    The pace is all that is minimised. A step of few micro-batches also has the way through all stages in it, which
+    evener splits with the same slowest stage may make shorter: 24 layers and a head of 1.33 on 8 stages give 1, 1, 4,
+    4, 4, 4, 4, 2, which takes 158.0 forwards of a layer at 8 micro-batches, and 4, 3, 3, 3, 3, 3, 3, 2 takes 145.9.
 
     Raises:
         ConfigError: fewer layers than stages, or no stage at all.

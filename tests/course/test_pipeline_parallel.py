@@ -18,7 +18,7 @@ from picotron_mini.mesh import Mesh
 from picotron_mini.model.costs import layer_activation_bytes
 from picotron_mini.model.gpt import GPT
 from picotron_mini.parallel.pipeline import run_pipeline
-from picotron_mini.parallel.schedules import SCHEDULES, Action, Event, Timeline, simulate
+from picotron_mini.parallel.schedules import SCHEDULES, Action, Event, Timeline, find_schedule, route_of, simulate
 
 FORWARD, BACKWARD = 0.01, 0.02
 CONFIG = ModelConfig(
@@ -81,10 +81,20 @@ def test_drawing_of_timelines() -> None:
     ElementTree.fromstring(svg)
     assert repr(picture) == "two schedules"
     assert re.findall(r">(\w+): (\d+) % idle<", svg) == [("afab", "33"), ("1f1b", "33")]
-    assert svg.count("<rect") == 2 * 2 * 4 * 6
+    assert svg.count("<rect") == 2 * 2 * 4 * 6 + 2  # and the legend
+    assert ">forward</text>" in svg and ">backward</text>" in svg and "half" not in svg and "chunk" not in svg
     assert len(re.findall(r'y="[\d.]+">5</text>', svg)) == 2 * 2 * 4  # forward and backward of 5, on each stage of both
     assert len(svg) < 20_000
     assert svg == draw_timelines(timelines, "", "forwards")._repr_svg_()
+
+
+def test_drawing_of_halves_and_chunks_names_them() -> None:
+    timeline = simulate(find_schedule("zb-v"), 2, 3, route=route_of("zb-v", 2, 2))
+    svg = draw_timelines({"zb-v": timeline}, "", "forwards")._repr_svg_()
+    ElementTree.fromstring(svg)
+    assert svg.count("<rect") == 2 * 2 * 3 * 3 + 3  # F, I and W of each micro-batch in each chunk; the legend
+    assert "W, weights' half" in svg and ">backward</text>" not in svg and "' a second chunk" in svg
+    assert len(re.findall(r">2'</text>", svg)) == 2 * 3
 
 
 def test_drawing_leaves_out_numbers_that_do_not_fit() -> None:
