@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from picotron_mini.course.site.chapters import chapters
+from picotron_mini.course.site.chapters import PLAN, chapters
 
 ROOT = Path(__file__).parents[2]
 STEMS = chapters(ROOT)
@@ -70,6 +70,9 @@ def test_the_pair_is_in_step(stem: str) -> None:
 def test_questions_have_one_form(stem: str) -> None:
     found = questions(stem)
     assert len(found) >= 10
+    title = next(chapter.title for chapter in PLAN if chapter.stem == stem)
+    first = (ROOT / "interview_questions" / f"{stem}.md").read_text().partition("\n")[0]
+    assert first == f"# {stem[:2]} {title}: questions", "the menu of the site shows it"
     for number, (head, body) in enumerate(found, start=1):
         assert re.fullmatch(rf"Q{number}\. .+ \(({'|'.join(LEVELS)})\)", head), head
         assert "**In 30 seconds.**" in body, head
