@@ -35,8 +35,8 @@ PLAN = (
     Chapter("01_model_and_its_costs", "The model and its costs"),
     Chapter("02_data_pipeline", "Data pipeline", needs=("00",)),
     Chapter("03_data_parallel", "Data parallel", needs=("00",)),
-    Chapter("04_tensor_parallel", "Tensor parallel", needs=("03",)),
-    Chapter("05_pipeline_parallel", "Pipeline parallel", needs=("03",)),
+    Chapter("04_tensor_parallel", "Tensor parallel", needs=("01", "03")),
+    Chapter("05_pipeline_parallel", "Pipeline parallel", needs=("01", "03")),
 )
 
 
