@@ -108,7 +108,7 @@ def draw_bytes(heads: int, kv_heads: Sequence[int], sizes: Sequence[int], itemsi
     said = []
     with drawing():
         fig = figure(6.8, 2.6)
-        for axes, kv in zip(fig.subplots(1, len(kv_heads), sharey=True), kv_heads, strict=True):
+        for axes, kv in zip(fig.subplots(1, len(kv_heads), sharey=True, squeeze=False)[0], kv_heads, strict=True):
             for n, how in enumerate(("ring", "ulysses")):
                 legal = [cp for cp in sizes if how == "ring" or kv % cp == 0]
                 cost = [layer_bytes(how, cp, heads, kv, itemsize) / (cp * heads * itemsize) for cp in legal]
