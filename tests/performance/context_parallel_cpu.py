@@ -27,7 +27,7 @@ from picotron_mini.parallel.chunks import calls
 from picotron_mini.parallel.context import ring_attention
 from picotron_mini.parallel.ulysses import ulysses_attention
 
-HEADS, KV_HEADS, WIDTH, ROUNDS = 8, 2, 64, 7
+HEADS, KV_HEADS, WIDTH, ROUNDS = 8, 2, 64, 12
 
 
 def inputs(tokens: int) -> list[Tensor]:
@@ -91,13 +91,13 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, gloo, float32")
     print(f"load before: {os.getloadavg()[0]:.1f}")
-    print("\nforward products of each of 4 ranks, 4096 tokens, of the mean of all ranks with head-tail chunks")
-    found = shares(4096, 4)
+    print("\nforward products of each of 4 ranks, 2048 tokens, of the mean of all ranks with head-tail chunks")
+    found = shares(2048, 4)
     mean = sum(found["head-tail chunks"]) / 4
     for name, seconds in found.items():
         print(f"{name:18}", "  ".join(f"{s / mean:.2f}" for s in seconds))
     print("\nforward and backward on 2 ranks, of one rank's time with the whole sequence")
-    for seq_len in (512, 2048, 8192):
+    for seq_len in (512, 1024, 2048):
         one = launch(ways, seq_len, 1, world_size=1)[0]["one rank"]
         two = launch(ways, seq_len, 2, world_size=2)
         print(f"{seq_len:>6} tokens ", "  ".join(f"{name} {max(r[name] for r in two) / one:.2f}" for name in two[0]))
