@@ -15,6 +15,7 @@ from torch import Tensor
 
 from picotron_mini.collectives import ledger
 from picotron_mini.config import MeshShape, ModelConfig, RunConfig, TrainConfig, resolve
+from picotron_mini.course.largest import Largest
 from picotron_mini.course.witness import Witness
 from picotron_mini.data.loader import Batch, data_rows
 from picotron_mini.mesh import Axis, Mesh
@@ -278,19 +279,6 @@ def test_keys_are_on_their_way_while_attention_is_computed(ranks: Ranks) -> None
 
 
 # --- memory -----------------------------------------------------------------------------------------------
-
-
-class Largest(Witness):
-    """Notes the most elements that any operator returned as one tensor, in our own operators as well."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 LONG = TrainConfig(seq_len=192, micro_batch_size=1, micro_batches=1, document_mask=True, device="cpu")

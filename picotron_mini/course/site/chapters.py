@@ -37,6 +37,7 @@ PLAN = (
     Chapter("03_data_parallel", "Data parallel", needs=("00",)),
     Chapter("04_tensor_parallel", "Tensor parallel", needs=("01", "03")),
     Chapter("05_pipeline_parallel", "Pipeline parallel", needs=("01", "03")),
+    Chapter("06_context_parallel", "Context parallel", needs=("01", "03")),
 )
 
 
