@@ -24,7 +24,18 @@ from .saved import SavedBytes
 Answer = Callable[..., Any]
 SIZES = [(stages, micro_batches) for stages in range(1, 6) for micro_batches in (1, 2, 3, 4, 7, 8)]
 
-_ONCE = "each stage must run the forward and the backward of every micro-batch once; an action is missing or repeated"
+
+def _once(stage: int, stages: int, micro_batches: int) -> str:
+    return (
+        f"with {stages} stages and {micro_batches} micro-batches an action of stage {stage} is missing or repeated; "
+        "each stage must run the forward and the backward of every micro-batch once"
+    )
+
+
+_PLAIN = (
+    'the list holds {!r}, and the executor knows Action("forward", m) and Action("backward", m) only; Action is in '
+    "picotron_mini.parallel.schedules"
+)
 _ORDER = (
     "messages carry no label: the neighbours take the micro-batches in ascending order, forward and backward, and "
     "would hold one micro-batch's gradient for another's"
@@ -40,8 +51,10 @@ def _schedule_problem(answer: Schedule) -> str | None:
     for stages, micro_batches in SIZES:
         for stage in range(stages):
             actions = answer(stage, stages, micro_batches)
+            if plain := [action for action in actions if not isinstance(action, Action)]:
+                return _PLAIN.format(plain[0])
             if sorted(map(str, actions)) != sorted(f"{kind}{m}" for kind in "FB" for m in range(micro_batches)):
-                return _ONCE
+                return _once(stage, stages, micro_batches)
             for kind in ("forward", "backward"):
                 if [a.micro_batch for a in actions if a.kind == kind] != list(range(micro_batches)):
                     return _ORDER
@@ -82,14 +95,18 @@ def one_f_one_b_stub(stage: int, stages: int, micro_batches: int) -> list[Action
 
 _SLOW = "right, and slow: the first stage waits for its backward before it starts the next forward, and all others rest"
 _LIVE = (
-    "right, and not lean: a stage holds more than stages - stage micro-batches. It needs only as many forwards before "
-    "its first backward as there are stages behind it"
+    "right, and not lean: a stage holds more than stages - stage micro-batches. Warm up with as many forwards as there "
+    "are stages behind it, no more, and then alternate: a forward, a backward"
 )
 
 
 def _stack(stage: int, stages: int, micro_batches: int) -> list[Action]:
     forwards = [Action("forward", m) for m in range(micro_batches)]
     return forwards + [Action("backward", m) for m in reversed(range(micro_batches))]
+
+
+def _tuples(stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]:
+    return [(action.kind, action.micro_batch) for action in one_f_one_b(stage, stages, micro_batches)]
 
 
 def _no_cool_down(stage: int, stages: int, micro_batches: int) -> list[Action]:
@@ -116,6 +133,7 @@ def micro_batches_stub(stages: int, percent: int) -> int:
     """The smallest number of micro-batches with which the stages idle at most `percent` % of the time.
 
     Args:
+        stages: 1 or more. One stage never idles, and a step has at least one micro-batch.
         percent: 1 to 99.
     """
     raise NotAttempted
@@ -144,14 +162,31 @@ _COUNTS: dict[str, tuple[Callable[[int, int], int], str]] = {
         "where the division leaves nothing, one micro-batch fewer idles exactly that much, and that is allowed",
     ),
 }
-_ASKED = [(stages, percent) for stages in (1, 2, 3, 4, 8) for percent in (5, 10, 15, 20, 30, 50, 60)]
+_ASKED = [(stages, percent) for stages in (2, 3, 4, 8) for percent in (5, 10, 15, 20, 30, 50, 60)]
+_ROUNDED = (
+    "right but for rounding: where the division leaves nothing, fractions in floating point leave some 1e-15, and "
+    "rounding up makes one more of it (1 - 0.2 over 0.2 is not quite 4). Count in whole percents: 100 - percent"
+)
+_ONE_STAGE = "right but for pp=1: one stage never idles, the formula says 0, and a step has at least 1 micro-batch"
+
+
+def _in_fractions(stages: int, percent: int) -> int:
+    share = percent / 100
+    return max(1, math.ceil((stages - 1) * (1 - share) / share))
+
+
+def _no_least(stages: int, percent: int) -> int:
+    return math.ceil((stages - 1) * (100 - percent) / percent)
 
 
 def _run_micro_batches(answer: Answer) -> str | None:
     got = [answer(*asked) for asked in _ASKED]
     for wrong, hint in _COUNTS.values():
-        if got == [wrong(*asked) for asked in _ASKED]:
+        if [max(1, m) for m in got] == [wrong(*asked) for asked in _ASKED]:
             return hint
+    off = {(m - micro_batches(*asked), (asked[0] - 1) * 100 % asked[1]) for asked, m in zip(_ASKED, got, strict=True)}
+    if {error for error in off if error[0]} == {(1, 0)}:
+        return _ROUNDED
     for (stages, percent), m in zip(_ASKED, got, strict=True):
         if not isinstance(m, int) or m < 1:
             return f"for pp={stages} and {percent} % the answer is {m!r}; it must be an int of 1 or more"
@@ -160,6 +195,8 @@ def _run_micro_batches(answer: Answer) -> str | None:
             return f"pp={stages} with {m} micro-batches idles {idle:.1f} % of the time, more than {percent} %"
         if m > 1 and 100 * simulate(one_f_one_b, stages, m - 1).bubble < percent + 1e-9:
             return f"pp={stages} stays within {percent} % with {m - 1} micro-batches; {m} are more than it needs"
+    if answer(1, 20) != 1:
+        return _ONE_STAGE
     return None
 
 
@@ -241,7 +278,8 @@ EXERCISES = [
             Mistake("one warm-up more", _with_warm_up(lambda stage, stages: stages - stage), _LIVE),
             Mistake("no warm-up", _with_warm_up(lambda stage, stages: 0), _SLOW),
             Mistake("upside down", _with_warm_up(lambda stage, stages: stage), _DEADLOCK),
-            Mistake("no cool-down", _no_cool_down, _ONCE),
+            Mistake("no cool-down", _no_cool_down, _once(0, 2, 1)),
+            Mistake("plain tuples", _tuples, _PLAIN.format(("forward", 0))),
             Mistake("last in, first out", _stack, _ORDER),
         ),
         run=_run_one_f_one_b,
@@ -249,10 +287,15 @@ EXERCISES = [
     Exercise(
         id="05.micro_batches",
         title="How many micro-batches",
-        task="How many micro-batches does a pipeline need so that its stages idle at most so many percent of the time?",
+        task="How many micro-batches does a pipeline need so that its stages idle at most so many percent of the time? "
+        "One stage never idles, and a step has at least one micro-batch.",
         stub=micro_batches_stub,
         reference=micro_batches,
-        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _COUNTS.items()),
+        mistakes=(
+            *(Mistake(name, wrong, hint) for name, (wrong, hint) in _COUNTS.items()),
+            Mistake("in fractions", _in_fractions, _ROUNDED),
+            Mistake("0 for one stage", _no_least, _ONE_STAGE),
+        ),
         run=_run_micro_batches,
     ),
     Exercise(

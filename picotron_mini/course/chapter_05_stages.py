@@ -72,6 +72,32 @@ _BORDER_HINTS = (  # in this order: what is wrong on one stage may look like som
     "nothing was sent back from a stage whose output does not depend on its input. Its neighbour waits for a message "
     "of that shape, for ever: send zeros",
 )
+_BORDER_ERRORS = {  # what torch or Python says to natural mistakes, and what it means here
+    "grad can be implicitly created only for scalar": "only the last stage's output is a scalar that may start a "
+    "backward by itself; on all others backward needs the gradient that came from the next stage as an argument",
+    "appears to not have been used in the graph": "torch.autograd.grad refuses an input on which the output does not "
+    "depend, and that happens on one stage here. Its neighbour waits for a gradient all the same: send zeros",
+    "'NoneType' object has no attribute 'grad'": "the first stage has tokens and no hidden states: there hidden is "
+    "None, and there is nothing to send back",
+}
+
+
+_RAISED = tuple(_BORDER_ERRORS.values())
+
+
+def _without_gradient(output: Tensor, gradient: Tensor | None, hidden: Tensor | None) -> Tensor | None:
+    output.backward()
+    return None if hidden is None else torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+
+
+def _refuses_unused(output: Tensor, gradient: Tensor | None, hidden: Tensor | None) -> Tensor | None:
+    output.backward(gradient, retain_graph=True)
+    return None if hidden is None else torch.autograd.grad(output, hidden, gradient)[0]
+
+
+def _always_hidden(output: Tensor, gradient: Tensor | None, hidden: Any) -> Tensor | None:
+    output.backward(gradient)
+    return torch.zeros_like(output) if hidden.grad is None else hidden.grad
 
 
 def _border_on_rank(answer: Answer) -> list[str]:
@@ -94,7 +120,18 @@ def _border_on_rank(answer: Answer) -> list[str]:
         leaves = [weight] if hidden is None else [weight, hidden]
         right, *back = torch.autograd.grad(output, leaves, gradient, retain_graph=True, materialize_grads=True)
         of_sum = torch.autograd.grad(output.sum(), weight, retain_graph=True)[0]
-        got = answer(output, gradient, hidden)
+        raised = None
+        try:
+            got = answer(output, gradient, hidden)
+        except (RuntimeError, AttributeError) as error:
+            raised = next((hint for said, hint in _BORDER_ERRORS.items() if said in str(error)), None)
+            if raised is None:
+                raise
+        if raised is not None:  # the neighbours are still served, so that they have their say
+            problems.append(raised)
+            if hidden is not None:
+                send(back[0], up, pp.index - 1).wait()
+            continue
         if weight.grad is None:
             problems.append(_BORDER_HINTS[0])
         elif not torch.allclose(weight.grad, right):
@@ -119,7 +156,7 @@ def _received(axis: Axis, source: int) -> Tensor:
 def _run_border(answer: Answer) -> str | None:
     found = [problem for rank in launch(_border_on_rank, answer, world_size=3, timeout=60, output="hide")
              for problem in rank]  # fmt: skip
-    known = [hint for hint in _BORDER_HINTS if hint in found]
+    known = [hint for hint in (*_RAISED, *_BORDER_HINTS) if hint in found]
     return (known or found or [None])[0]
 
 
@@ -176,6 +213,18 @@ _NO_HEAD = (
 _LAST_MORE = "the layers left over went to the last stage, which has the head already"
 
 
+def _not_a_count(n: object) -> str:
+    return f"{n!r} is not how many layers a stage holds; return one int a stage (of a range of layers, its len)"
+
+
+def _ranges(layers: int, stages: int, head: float) -> list[range]:
+    return balance([1.0] * layers, stages, last_extra=head)
+
+
+def _floats(layers: int, stages: int, head: float) -> list[float]:
+    return [float(n) for n in layers_of(layers, stages, head)]
+
+
 def _slowest(counts: Sequence[int], head: float) -> float:
     return max([*map(float, counts[:-1]), counts[-1] + head])
 
@@ -193,6 +242,9 @@ def _best(layers: int, stages: int, head: float) -> float:
 
 def _run_layers(answer: Answer) -> str | None:
     answers = [answer(*case) for case in _SPLITS]
+    for counts in answers:
+        if found := [n for n in counts if not isinstance(n, int)]:
+            return _not_a_count(found[0])
     for (layers, stages, _), counts in zip(_SPLITS, answers, strict=True):
         if len(counts) != stages or sum(counts) != layers:
             return _LOST
@@ -220,6 +272,9 @@ EXERCISES = [
             Mistake("of the sum", _of_a_sum, _BORDER_HINTS[1]),
             Mistake("passed on", _passed_on, _BORDER_HINTS[2]),
             Mistake("None where unused", _none_where_unused, _BORDER_HINTS[3]),
+            Mistake("backward without a gradient", _without_gradient, _RAISED[0]),
+            Mistake("autograd.grad of an unused input", _refuses_unused, _RAISED[1]),
+            Mistake("hidden on the first stage", _always_hidden, _RAISED[2]),
         ),
         run=_run_border,
     ),
@@ -234,6 +289,8 @@ EXERCISES = [
             Mistake("evenly", _even, _NO_HEAD),
             Mistake("the rest to the last", _rest_to_the_last, _LAST_MORE),
             Mistake("a stage for the head", _head_alone, _EMPTY),
+            Mistake("which layers", _ranges, _not_a_count(range(5))),
+            Mistake("floats", _floats, _not_a_count(float(layers_of(*_SPLITS[0])[0]))),
             Mistake("one forgotten", lambda layers, stages, head: _even(layers - 1, stages, head), _LOST),
             Mistake("the head as one layer", _head_as_one_layer,
                     _slower_than_possible(_head_as_one_layer(16, 4, 3.8), 16, 4, 3.8, _best(16, 4, 3.8))),
