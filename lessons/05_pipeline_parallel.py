@@ -670,9 +670,9 @@ draw_timelines(
 # exactly. Among splits with the same slowest stage it gives early stages the fewest layers, because under 1F1B they
 # keep the most micro-batches. The embedding is a look-up and costs no time worth counting.
 #
-# The slowest stage is all that it minimises. It sets the pace of a long step, and not the length of a short one: of two
-# splits with the same slowest stage, one may have seven others that are faster, and take less time as long as there are
-# few micro-batches. `balance` does not look for it.
+# The slowest stage is all that it minimises, and that is the pace of a long step. Of two splits with the same pace one
+# may still take less time, by a number of units that hardly depends on $m$: much of a step of few micro-batches, little
+# of a long one. `balance` does not look for it.
 
 # %%
 SPLITS = {"of balance": [1, 1, 4, 4, 4, 4, 4, 2], "by hand": [4, 3, 3, 3, 3, 3, 3, 2]}  # 24 layers, a head of 1.33

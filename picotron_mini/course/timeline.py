@@ -28,8 +28,8 @@ from .picture import GREY, INK, PALE, Picture
 
 Forward = Callable[[int, Tensor | None], Tensor]
 COLOURS = {"forward": PALE[0], "backward": PALE[1], "backward_input": PALE[4], "backward_weight": PALE[2]}
-NAMES = {"forward": "forward", "backward": "backward", "backward_input": "I, input's half of a backward",
-         "backward_weight": "W, weights' half"}  # fmt: skip
+NAMES = {"forward": "forward", "backward": "backward", "backward_input": "backward, input (I)",
+         "backward_weight": "backward, weights (W)"}  # fmt: skip
 LEFT, WIDTH, RIGHT, ROW = 60, 680, 12, 18  # pixels of a picture: the stages' names, all, room for a tick, one stage
 
 
@@ -105,8 +105,7 @@ def draw_timelines(timelines: Mapping[str, Timeline], words: str, unit: str) -> 
         boxes[kind].append(f'<rect x="{x:g}" y="1" width="14" height="10"/>')
         labels.append(f'<text x="{x + 19:g}" y="10">{NAMES[kind]}</text>')
         x += 40 + 6.2 * len(NAMES[kind])
-    prime = ", ' a second chunk" if any(event.action.chunk for event in events) else ""
-    labels.append(f'<text x="{x:g}" y="10">number: micro-batch{prime}</text>')
+    numbered = "a number is a micro-batch" + (", 0' in a second chunk" if any(e.action.chunk for e in events) else "")
     for title, timeline in timelines.items():
         y += 20
         labels.append(f'<text x="{LEFT}" y="{y - 6:g}">{title}: {100 * timeline.bubble:.0f} % idle</text>')
@@ -125,7 +124,7 @@ def draw_timelines(timelines: Mapping[str, Timeline], words: str, unit: str) -> 
         x = LEFT + tick * scale
         lines.append(f'<path d="M{x:.1f} {y + 2:g}v4"/>')
         labels.append(f'<text x="{x:.1f}" y="{y + 17:g}" text-anchor="middle">{tick:g}</text>')
-    labels.append(f'<text x="{(LEFT + WIDTH) / 2:g}" y="{y + 31:g}" text-anchor="middle">{unit}</text>')
+    labels.append(f'<text x="{(LEFT + WIDTH) / 2:g}" y="{y + 31:g}" text-anchor="middle">{unit}; {numbered}</text>')
     size = f'width="{WIDTH + RIGHT}" height="{y + 36:g}" viewBox="0 0 {WIDTH + RIGHT} {y + 36:g}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
     for kind, found in boxes.items():

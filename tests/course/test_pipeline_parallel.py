@@ -82,7 +82,7 @@ def test_drawing_of_timelines() -> None:
     assert repr(picture) == "two schedules"
     assert re.findall(r">(\w+): (\d+) % idle<", svg) == [("afab", "33"), ("1f1b", "33")]
     assert svg.count("<rect") == 2 * 2 * 4 * 6 + 2  # and the legend
-    assert ">forward</text>" in svg and ">backward</text>" in svg and "half" not in svg and "chunk" not in svg
+    assert ">forward</text>" in svg and ">backward</text>" in svg and "(W)" not in svg and "chunk" not in svg
     assert len(re.findall(r'y="[\d.]+">5</text>', svg)) == 2 * 2 * 4  # forward and backward of 5, on each stage of both
     assert len(svg) < 20_000
     assert svg == draw_timelines(timelines, "", "forwards")._repr_svg_()
@@ -93,7 +93,7 @@ def test_drawing_of_halves_and_chunks_names_them() -> None:
     svg = draw_timelines({"zb-v": timeline}, "", "forwards")._repr_svg_()
     ElementTree.fromstring(svg)
     assert svg.count("<rect") == 2 * 2 * 3 * 3 + 3  # F, I and W of each micro-batch in each chunk; the legend
-    assert "W, weights' half" in svg and ">backward</text>" not in svg and "' a second chunk" in svg
+    assert "backward, weights (W)" in svg and ">backward</text>" not in svg and "0' in a second chunk" in svg
     assert len(re.findall(r">2'</text>", svg)) == 2 * 3
 
 
