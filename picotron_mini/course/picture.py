@@ -11,7 +11,7 @@ import io
 import re
 from typing import Any
 
-GREY = "#808080"  # 3.9 : 1 on white, 5.3 : 1 on black
+GREY = "#767676"  # 4.5 : 1 on white, 4.6 : 1 on black; no other grey has 4.5 on both
 INK = "#222222"
 PALE = ("#9ecae1", "#fdd0a2", "#a1d99b", "#dadaeb", "#fbb4ae", "#e5d8bd", "#ccebc5", "#fddaec")  # one a rank
 SUM = "#e0e0e0"
