@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 from reading import Reader, kinds, one
 
 pytestmark = pytest.mark.slow  # builds the site
@@ -60,8 +60,8 @@ def test_dark_and_light(reader: Reader) -> None:
     assert len(colours) == 2
 
 
-def test_search_finds_a_function(reader: Reader) -> None:
-    page = reader.open("index.html")
+def finds_a_function(reader: Reader) -> None:
+    page = reader.page
     if page.viewport_size["width"] < 1000:
         page.locator(".md-header__button[for=__search]").click()
     page.locator("input[name=query]").click()
@@ -69,6 +69,22 @@ def test_search_finds_a_function(reader: Reader) -> None:
     first = page.locator(".md-search-result__link[href*='api/collectives']").first
     expect(first).to_be_attached()
     expect(page.locator(".md-search-result__meta")).to_contain_text("matching document")
+
+
+def test_search_finds_a_function(reader: Reader) -> None:
+    reader.open("index.html")
+    finds_a_function(reader)
+
+
+def test_search_finds_a_function_without_a_server(reader: Reader, site: Path) -> None:
+    reader.address = site.as_uri() + "/"
+    context = reader.page.context
+    context.unroute_all()
+    context.route(re.compile("^(?!file:|data:|blob:)"), lambda route: reader.wrong.append(route.request.url))
+    for name in ("index.html", one(site, "lessons")):
+        reader.open(name)
+        finds_a_function(reader)
+    assert reader.page.locator(".md-search-result__link").first.get_attribute("href").startswith("file:")
 
 
 def test_folded_answers_open(reader: Reader, site: Path) -> None:
@@ -108,6 +124,52 @@ def test_pages_are_light(reader: Reader, site: Path, sent: list[tuple[str, int]]
         total = sum(size for _, size in sent)
         largest = sorted(sent, key=lambda one: -one[1])[:3]
         assert 50_000 < total < limit, f"{name} loads {total} bytes; the largest are {largest}"
+
+
+def test_short_answers_are_folded_too(reader: Reader, site: Path) -> None:
+    page = reader.open(one(site, "interview_questions"))
+    for heading in page.locator("article h2").all()[:3]:
+        summary = heading.locator("xpath=following-sibling::*[1]/summary")
+        expect(summary).to_have_text("In 30 seconds")
+        expect(summary.locator("xpath=following-sibling::*[1]")).to_be_hidden()
+
+
+def test_a_hundred_characters_fit_a_screen(reader: Reader, site: Path) -> None:
+    page = reader.open(one(site, "lessons"))
+    fit = page.evaluate(
+        "(() => {const code = document.querySelector('article pre > code'), style = getComputedStyle(code);"
+        " const one = document.createElement('span'); one.textContent = 'x'.repeat(100); code.append(one);"
+        " return (code.clientWidth - 2 * parseFloat(style.paddingLeft)) / one.getBoundingClientRect().width * 100})()"
+    )
+    assert fit >= (100 if page.viewport_size["width"] == 1280 else 40), fit
+    expect(page.locator("article .output .md-code__nav:visible")).to_have_count(0)
+
+
+def test_figures_keep_letters_that_can_be_read(reader: Reader, site: Path) -> None:
+    for path in sorted(site.glob("lessons/[0-9][0-9]_*.html")):
+        page = reader.open(f"lessons/{path.name}")
+        scales = page.locator("article p > img").evaluate_all("all => all.map(one => one.width / one.naturalWidth)")
+        assert scales and min(scales) > 0.9, (path.name, scales)  # their letters are 9 points high
+
+
+@pytest.mark.parametrize("font", [True, False])
+def test_indices_are_lower_and_exponents_higher(reader: Reader, font: bool) -> None:
+    if not font:
+        names = re.compile(r"font-family:[^;]+, math;")
+
+        def without(route: Route) -> None:
+            sheet = route.fetch().text()
+            assert names.search(sheet)
+            route.fulfill(body=names.sub("font-family: 'DejaVu Serif', serif;", sheet), content_type="text/css")
+
+        reader.page.context.route("**/assets/site.css", without)
+    page = reader.open("lessons/01_model_and_its_costs.html")
+    shifts = page.evaluate(
+        "[...document.querySelectorAll('msub, msup')].filter(one => one.checkVisibility()).map(one => {"
+        " const [base, script] = [...one.children].map(part => part.getBoundingClientRect());"
+        " return one.tagName === 'msub' ? script.bottom - base.bottom : base.top - script.top})"
+    )
+    assert len(shifts) > 5 and min(shifts) > 1, shifts
 
 
 def test_figures_of_lessons_are_vectors(reader: Reader, site: Path) -> None:

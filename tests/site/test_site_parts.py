@@ -19,7 +19,9 @@ from picotron_mini.course.site.history import last_changes
 from picotron_mini.course.site.hooks import on_config, on_page_content
 from picotron_mini.course.site.links import turn
 from picotron_mini.course.site.listing import LONG, expand, source_of
-from picotron_mini.course.site.questions import collected, questions
+from picotron_mini.course.site.offline import write_scripts
+from picotron_mini.course.site.papers import link_papers
+from picotron_mini.course.site.questions import collected, fold, questions
 from picotron_mini.course.site.reading_order import PLACE, reading_order
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +104,13 @@ def test_a_private_symbol_links_to_its_module(module: Path) -> None:
     assert text == "[x](../api/ring.md)"
 
 
+def test_words_of_a_link_may_be_code_and_code_is_no_link(module: Path) -> None:
+    text = "[`x`](../picotron_mini/ring.py) `[x](nowhere)` [the `a]` of it](../picotron_mini/ring.py) [B, T] `(y)`"
+    assert turn(module, "summary/00_ring.md", text, lambda _: None) == text.replace(
+        "../picotron_mini/ring.py", "../api/ring.md"
+    )
+
+
 # --- the glossary -------------------------------------------------------------------------------------------
 
 KNOWN = [
@@ -170,6 +179,48 @@ def test_the_glossary_has_the_terms_of_the_course() -> None:
     assert all(20 < len(term.definition) < 320 for term in known), "short, and not empty"
 
 
+# --- papers -----------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_papers_are_links() -> None:
+    page = (
+        "<li><em>GQA</em> (arXiv\n2305.13245), <em>RoPE</em> (2104.09864). arXiv 2307.09288, Llama 3 2407.21783.</li>"
+    )
+    numbers = re.findall(r'<a href="https://arxiv\.org/abs/([\d.]+)">(?:arXiv\s)?\1</a>', link_papers(page))
+    assert numbers == ["2305.13245", "2104.09864", "2307.09288", "2407.21783"]
+    assert re.sub(r"</?a\b[^>]*>", "", link_papers(page)) == page
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<p>1910.02054 tokens: nobody said what it is</p>",
+        "<p><code>arXiv 1910.02054</code></p>",
+        "<pre># arXiv 1910.02054</pre>",
+        '<p><a href="https://arxiv.org/abs/1910.02054">ZeRO, arXiv 1910.02054</a></p>',
+        "<h2>arXiv 1910.02054</h2>",
+        "<p>arXiv 1913.02054, 1910.020541, 1910.0205, v1910.02054</p>",
+    ],
+)
+def test_no_other_number_is_a_paper(page: str) -> None:
+    assert link_papers(page) == page
+
+
+# --- the search without a server ----------------------------------------------------------------------------
+
+
+def test_the_index_and_the_program_of_the_search_become_scripts(tmp_path: Path) -> None:
+    for name, text in (
+        ("search/search_index.json", '{"docs": []}'),
+        ("assets/javascripts/workers/search.1.min.js", '"a"'),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    write_scripts(tmp_path)
+    assert (tmp_path / "search/search_index.js").read_text() == 'var __index = {"docs": []};\n'
+    assert (tmp_path / "search/worker.js").read_text() == 'var __searchWorker = "\\"a\\"";\n'
+
+
 # --- all questions ------------------------------------------------------------------------------------------
 
 QUESTIONS = """# Questions: ring
@@ -195,6 +246,16 @@ Deep.
 <summary>Deep answer</summary>
 </details>
 """
+
+
+def test_short_answers_are_folded() -> None:
+    text = fold(QUESTIONS)
+    fold_of = '<details markdown="1">\n<summary>In 30 seconds</summary>\n\n{}\n\n</details>\n\n<details markdown="1">'
+    for answer in ("Two [ranks](../README.md).", "Because."):
+        assert fold_of.format(answer) in text
+    assert "**In 30" not in text and text.count("<details") == text.count("</details>") == 4
+    last = fold("## Q1. A? (design)\n\n**In 30 seconds.** One.\n\nTwo.\n\n## Q2. B? (design)\n")
+    assert "\n\nOne.\n\nTwo.\n\n</details>\n\n## Q2. B? (design)" in last
 
 
 def test_questions_are_read() -> None:

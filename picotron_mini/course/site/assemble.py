@@ -14,7 +14,8 @@ Links turn as the files move (links.py). Each page begins with what is known of 
 this page", and the day of its last change (history.py).
 
 `python -m picotron_mini.course.site ROOT DOCS` does this much. `mkdocs build --strict` does the rest, and calls
-hooks.py for the table of contents, the formulas (mathml.py) and the links to the glossary (glossary.py).
+hooks.py for the table of contents, the formulas (mathml.py), the links to papers (papers.py) and to the glossary
+(glossary.py), and the search without a server (offline.py).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from picotron_mini.course.site.history import last_changes
 from picotron_mini.course.site.links import address, dotted, turn
 from picotron_mini.course.site.listing import expand
 from picotron_mini.course.site.notebook import fenced, to_markdown
-from picotron_mini.course.site.questions import collected
+from picotron_mini.course.site.questions import collected, fold
 from picotron_mini.course.site.reading_order import PLACE, reading_order
 
-ASSETS = ("site.css", "questions.js", "theme.js")
+ASSETS = ("site.css", "offline.js", "questions.js", "theme.js")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def assemble(root: Path, docs: Path) -> None:
         for path in sorted((root / kind).rglob("*")) if (root / kind).is_dir() else []:
             name = path.relative_to(root).as_posix()
             if path.suffix == ".md":
-                _page(site, name, path.read_text())
+                text = path.read_text()
+                _page(site, name, fold(text) if kind == "interview_questions" else text)
             elif path.is_file():
                 shutil.copy(path, _made(docs / name))
     if every := collected(root):

@@ -7,8 +7,12 @@ from pathlib import Path
 from posixpath import relpath
 from typing import Any
 
+from mkdocs.plugins import event_priority
+
 from picotron_mini.course.site.glossary import PAGE, link_terms, terms
 from picotron_mini.course.site.mathml import render
+from picotron_mini.course.site.offline import write_scripts
+from picotron_mini.course.site.papers import link_papers
 
 _PROSE = re.compile(r"(lessons|summary|interview_questions)/\d\d_\w+\.md")
 _SECTION = re.compile(
@@ -56,10 +60,10 @@ def _packages(folder: Path, docs: Path) -> list[Any]:
 
 
 def on_page_content(html: str, page: Any, config: Any, **_: Any) -> str:
-    """A page that was just rendered: formulas, links to the glossary, what the search leaves out, where to edit."""
+    """A page that was just rendered: formulas, links to papers and terms, what the search leaves out, where to edit."""
     repository, source = config["extra"].get("repository"), page.meta.get("source")
     page.edit_url = f"{repository.rstrip('/')}/edit/main/{source}" if repository and source else None
-    html = render(html)
+    html = link_papers(render(html))
     name = page.file.src_uri
     glossary = Path(config["docs_dir"]) / PAGE
     if _PROSE.fullmatch(name) and glossary.exists():
@@ -73,3 +77,9 @@ def on_post_page(output: str, **_: Any) -> str:
     """A page that is done: names for the parts of the theme that have none, or have that of something hidden."""
     output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
     return _SECTION.sub(r'aria-label="\3"\2\3', output)
+
+
+@event_priority(-100)  # after the search has written its index
+def on_post_build(config: Any, **_: Any) -> None:
+    """The site is there: add what the search needs without a server."""
+    write_scripts(Path(config["site_dir"]))

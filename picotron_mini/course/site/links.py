@@ -13,8 +13,12 @@ from posixpath import normpath, relpath
 
 from picotron_mini.config import UserError
 
-_LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
-_CODE = re.compile(r"(^(`{3,}|~{3,}).*?^\2`*[ \t]*$|(?<!`)`[^`\n]+`(?!`))", re.DOTALL | re.MULTILINE)
+# Code, which is left alone, or a link, whose words may be code: whichever begins first.
+_CODE_OR_LINK = re.compile(
+    r"^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)`*[ \t]*$|(?<!`)`[^`\n]+`(?!`)"
+    r"|(?P<words>!?\[(?:`[^`\n]+`|[^\]`])*\]\()(?P<link>[^)\s]+)\)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def address(root: Path, name: str) -> str:
@@ -55,9 +59,9 @@ def turn(root: Path, name: str, text: str, linked: Callable[[str], None]) -> str
     page = address(root, name)
 
     def turned(match: re.Match[str]) -> str:
-        link = match[2]
-        if re.match(r"[a-z]+:|#", link) or link.startswith(page.split("/")[-1].removesuffix(".md") + "/"):
-            return match[0]  # elsewhere, on this page, or a picture of this lesson
+        link = match["link"]
+        if not link or re.match(r"[a-z]+:|#", link) or link.startswith(page.split("/")[-1].removesuffix(".md") + "/"):
+            return match[0]  # code; or elsewhere, on this page, a picture of this lesson
         path, _, symbol = link.partition("#")
         wanted = normpath(f"{name.rpartition('/')[0] or '.'}/{path}")
         if wanted.startswith("..") or not (root / wanted).exists():
@@ -67,7 +71,6 @@ def turn(root: Path, name: str, text: str, linked: Callable[[str], None]) -> str
         if target.startswith("api/") and symbol and wanted.endswith(".py"):
             private = any(part.startswith("_") for part in symbol.split("."))  # it has no documentation of its own
             symbol = "" if private else f"{dotted(wanted)}.{symbol}"
-        return match[1] + relpath(target, page.rpartition("/")[0] or ".") + (f"#{symbol}" if symbol else "") + match[3]
+        return match["words"] + relpath(target, page.rpartition("/")[0] or ".") + (f"#{symbol}" if symbol else "") + ")"
 
-    pieces = _CODE.split(text)  # prose, code, its fence, prose, ...
-    return "".join(_LINK.sub(turned, piece) if at % 3 == 0 else piece for at, piece in enumerate(pieces) if at % 3 != 2)
+    return _CODE_OR_LINK.sub(turned, text)

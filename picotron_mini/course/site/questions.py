@@ -1,4 +1,4 @@
-"""All questions of all chapters on one page, to choose from by chapter and by level.
+"""The answers of 30 seconds folded; and all questions of all chapters on one page, to choose from by chapter and level.
 
 The chapters' files are the only source. Each question appears with its answer of 30 seconds, folded, and a link
 to the rest of it. `questions.js` filters; without scripts the page is the whole list.
@@ -15,6 +15,7 @@ from markdown.extensions.toc import slugify
 
 LEVELS = ("warm-up", "intermediate", "advanced", "design")
 _HEADING = re.compile(r"^## (Q(\d+)\. (.+) \(([\w-]+)\))$", re.MULTILINE)
+_SHORT = re.compile(r"^\*\*In 30 seconds\.\*\*\s+(.+?)\s*(?=^<details|^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ def questions(text: str) -> list[Question]:
         short = body.partition("<details")[0].replace("**In 30 seconds.**", "").strip()
         found.append(Question(int(number), words, level, short, slugify(heading, "-")))
     return found
+
+
+def fold(text: str) -> str:
+    """A chapter's Markdown with each answer of 30 seconds folded, so that one can answer first."""
+    return _SHORT.sub(r'<details markdown="1">\n<summary>In 30 seconds</summary>\n\n\1\n\n</details>\n\n', text)
 
 
 def collected(root: Path) -> str:
