@@ -333,6 +333,15 @@ def test_the_drawing_shows_what_needs_what(tmp_path: Path) -> None:
     assert "dashed" not in reading_order(tmp_path, plan)
 
 
+def test_arrows_lead_to_the_next_row() -> None:
+    """One that goes further would pass behind a box."""
+    svg = ElementTree.fromstring(reading_order(ROOT)).find("svg")
+    assert svg is not None
+    arrows = [re.findall(r"[\d.]+", path.attrib["d"]) for path in svg.findall("path[@class='arrow']")]
+    assert len(arrows) == sum(len(chapter.needs) for chapter in PLAN)
+    assert {float(numbers[-1]) - float(numbers[1]) for numbers in arrows} == {39.0}
+
+
 def test_boxes_of_the_drawing_do_not_overlap() -> None:
     svg = ElementTree.fromstring(reading_order(ROOT)).find("svg")
     assert svg is not None

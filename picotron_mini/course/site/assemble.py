@@ -135,6 +135,7 @@ def _api(site: _Site) -> None:
         lessons = [stem for stem in taught.get(name, []) if (docs / "lessons" / f"{stem}.md").exists()]
         links = ", ".join(f"[{stem.replace('_', ' ')}]({up}lessons/{stem}.md)" for stem in lessons)
         text = f"# {title}\n\n" + (f"Taught in {links}.\n\n" if links else "") + f"::: {dotted(name)}\n"
-        answers = re.search(r"/course/(chapter|exhibits)_", name)  # a search must not show them to who looks for a word
-        _write(site, page, name, text, **({"search": "{ exclude: true }"} if answers else {}))
-    _write(site, "api/index.md", "", "\n".join(rows) + "\n")
+        # A search must not show the answers of exercises to who looks for a word, nor how the site is made.
+        hidden = re.search(r"/course/(chapter_|exhibits_|site/)", name)
+        _write(site, page, name, text, **({"search": "{ exclude: true }"} if hidden else {}))
+    _write(site, "api/index.md", "", "\n".join(rows) + "\n", search="{ exclude: true }")  # each line is on its page too

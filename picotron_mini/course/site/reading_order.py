@@ -51,6 +51,10 @@ def _positions(plan: Sequence[Chapter]) -> dict[str, tuple[float, float]]:
     depth: dict[str, int] = {}
     for chapter in plan:  # each needs earlier ones only
         depth[chapter.number] = 1 + max((depth[need] for need in chapter.needs), default=-1)
+    for chapter in plan:  # what needs nothing stands right above what needs it: no arrow passes behind a box
+        if not chapter.needs:
+            below = [depth[other.number] for other in plan if chapter.number in other.needs]
+            depth[chapter.number] = min(below, default=1) - 1
     at: dict[str, tuple[float, float]] = {}
     for level in range(max(depth.values()) + 1):
         row = [chapter for chapter in plan if depth[chapter.number] == level]
