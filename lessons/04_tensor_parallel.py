@@ -24,13 +24,16 @@
 # - find the gradient that goes missing when a pair has no entry, although the loss is right to the last digit;
 # - say which norms need a sum over the ranks and which must not have one;
 # - compute the loss over a split vocabulary from three numbers a token, and never see the logits together;
+# - cut what lies between the pairs by tokens, for the same bytes on the wire, and say which gradients that breaks;
 # - predict the bytes of a step to the byte, and the width of a model below which cutting it does not pay.
 #
-# You need chapter 00 (ranks and collectives), and 03 for the loss that is a sum over the global number of targets. The
-# cells run on real processes on your CPU. Reading and running takes 45 to 60 minutes, with the exercises longer.
+# You need chapter 00 (ranks and collectives), 01 for the model and what a weight costs while it trains, and 03 for the
+# loss that is a sum over the global number of targets. The cells run on real processes on your CPU. Reading and running
+# takes 45 to 60 minutes, with the exercises longer.
 
 # %%
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,7 +65,7 @@ torch.set_num_threads(1)  # the tensors here are small: threads would only wait 
 # ## The problem, and its price
 #
 # Llama 3 has a version with 126 layers of width 16,384 (arXiv 2407.21783). Take *one* of its layers. Training keeps 18
-# bytes for each weight (bf16 weight, float32 master, two moments of Adam, float32 gradient; chapter 03).
+# bytes for each weight (bf16 weight, float32 master, two moments of Adam, float32 gradient; chapter 01).
 
 # %%
 LLAMA_405B = ModelConfig(
@@ -204,8 +207,8 @@ for piece in (collectives._CopyTo, collectives._ReduceFrom, copy_to, reduce_from
 # A model has many pairs: gate and up with down, and q, k and v with o. Both sit behind a norm and end in a residual
 # addition. The plan is a table of two entries, and it is applied to the plain model from outside. Look for three
 # things: where the weights are cut, which hooks make the entries (`enter`) and exits (`leave`), and what replaces
-# embedding and loss. (`sequence_parallel` is off in this lesson: read `copy_to` for `enter` and `reduce_from` for
-# `leave`.)
+# embedding and loss. (`sequence_parallel` comes near the end. Until then it is off: read `copy_to` for `enter` and
+# `reduce_from` for `leave`.)
 
 # %% tags=["nbval-ignore-output"]
 print("PLAN =", tensor.PLAN, "\n")
@@ -594,7 +597,7 @@ print(
 )
 
 # %% [markdown]
-# So with some ten thousand tokens a step and rank the two are of one size, and the difference is *when*. The gradients
+# So with some 27 thousand tokens a step and rank the two are of one size, and the difference is *when*. The gradients
 # of data parallelism can travel while backward computes; each of these sums is waited for by the next product. (Cut the
 # model as well, and data parallelism has less to send: each rank's gradients are $1/n$ of the layer.)
 #
@@ -873,7 +876,8 @@ def my_test(mesh: Mesh) -> None: ...
 kill("04.reduce_from_sums_again", my_test)
 
 # %% [markdown]
-# More of this room: `04.copy_to_without_backward`, `04.slice_zero_for_all`, `04.head_norms_not_summed`. A test of
+# More of this room: `04.copy_to_without_backward`, `04.slice_zero_for_all`, `04.head_norms_not_summed`, and
+# `04.token_norms_not_summed`, of which more below. A test of
 # values kills one of them; which?
 #
 # ## On GPUs
@@ -904,11 +908,14 @@ kill("04.reduce_from_sums_again", my_test)
 
 
 # %%
-def kept(tp: int) -> int:
+LONG = 256  # tokens
+
+
+def kept(tp: int, sequence_parallel: bool = False) -> int:
     """Bytes of activations that one layer keeps on a rank."""
     axis = Mesh.build(MeshShape(tp=tp))["tp"]
     layer = GPT(CONFIG, layers=[0], embed=False, head=False)
-    tensor_parallel(layer, axis)
+    tensor_parallel(layer, axis, sequence_parallel)
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     storages = {}
 
@@ -918,9 +925,10 @@ def kept(tp: int) -> int:
             storages[storage.data_ptr()] = t, storage.nbytes()
         return t
 
-    hidden = torch.randn(1, 256, CONFIG.hidden_size, requires_grad=True)
+    mine = LONG // tp if sequence_parallel else LONG  # the tokens that this rank has between the pairs
+    hidden = torch.randn(1, mine, CONFIG.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(hidden)
+        layer(hidden, positions=torch.arange(LONG)[None])  # attention sees all tokens, and needs their positions
     return sum(size for _, size in storages.values())
 
 
@@ -933,6 +941,81 @@ assert amounts[4] > amounts[1] / 4 * 1.3
 # Weights, gradients and optimizer state are divided by `tp`. Activations are not, quite: what lies inside the pairs is,
 # and what lies between them is kept by every rank.
 #
+# ## Sequence parallelism: cut that too
+#
+# By what can it be cut? Not by channels: a norm needs all channels of a token. But a norm and an addition need nothing
+# of *other tokens*. So let each rank keep $T/n$ of the tokens there. What has to change at the borders?
+#
+# - The **entry** finds a part of the tokens on each rank and must hand all of them to the products: an all_gather.
+# - The **exit** has a term of the sum for all tokens, and each rank wants the sum for its own tokens only: that is a
+#   reduce_scatter, the first half of the all_reduce that was there.
+#
+# $$[B, \tfrac{T}{n}, D] \xrightarrow{\text{all\_gather}} [B, T, D] \xrightarrow{\text{pair}} \text{terms of } [B, T, D]
+# \xrightarrow{\text{reduce\_scatter}} [B, \tfrac{T}{n}, D]$$
+#
+# And an all_reduce *is* a reduce_scatter and an all_gather (chapter 00). The exit does the first half, the next entry
+# the second, and the norm runs between them, on a part of the tokens. Backward they change roles, as a conjugate pair
+# does: the gradient of gathering is a reduce_scatter, that of scattering an all_gather. (arXiv 2205.05198 calls them
+# $g$ and $\bar g$.)
+
+# %% tags=["nbval-ignore-output"]
+for piece in (collectives._GatherFrom, collectives._ScatterTo):
+    print(inspect.getsource(piece))
+
+# %% [markdown]
+# In `tensor_parallel` above it is one option: `enter` and `leave` are these two in place of `copy_to` and
+# `reduce_from`. The same hard case as before, and the bytes of both:
+
+# %%
+sequence = verify("tp=4", HARD, replace(TRAIN, sequence_parallel=True))
+assert sequence.ok and sequence.first_divergence is None and not sequence.bytes_problems
+print("equal to one device within 1e-9: " + ", ".join(d.quantity for d in sequence.differences))
+sent = sequence.bytes_counted
+exchanges, n = m * (4 * L + 2), 4
+norms = (2 * L + 1) * D + 2 * L * HARD.head_dim  # their elements: on the residual stream, and on the heads
+assert sent["tp reduce_scatter"] == exchanges * hidden
+assert sent["tp all_gather"] == exchanges * hidden // n  # the payload of a gather is the rank's own part
+assert sent["tp all_reduce"] == m * 3 * B * seq * 8 + norms * 8
+wire = {
+    "all_reduce": exchanges * 2 * (n - 1) * hidden // n,
+    "the two halves": (n - 1) * sent["tp reduce_scatter"] // n + (n - 1) * sent["tp all_gather"],
+}
+for name, number in wire.items():
+    print(f"hidden states by {name:15} a rank of a ring puts {number:,} bytes on the wire")
+assert len(set(wire.values())) == 1
+
+# %% [markdown]
+# Not a byte more. What became of the memory?
+
+# %%
+for tp in (2, 4):
+    amounts[tp, "sequence"] = launch(kept, tp, True, world_size=tp)[0]
+    without, cut = (amounts[key] / amounts[1] for key in (tp, (tp, "sequence")))
+    print(f"tp={tp}: {without:.2f} of one device without, {cut:.2f} with")
+    gathered, rotary = LONG * CONFIG.hidden_size * 4, 2 * LONG * CONFIG.head_dim // 2 * 4
+    whole = 2 * gathered + rotary  # what every rank has of all tokens
+    assert amounts[tp, "sequence"] == whole + (amounts[1] - whole) // tp
+
+# %% [markdown]
+# Nearer to $1/n$, and not there. Two tensors of all tokens are left in each layer (and the small tables of cosines and
+# sines): the *gathered inputs* of q, k, v and of gate and up. A linear layer keeps its input for the gradient of its
+# weight, and that input is the gathered one. One could keep the own part only and gather again in backward, for one
+# exchange more; this library does not.
+#
+# What else changed? Each norm now sees its rank's tokens, so its gradient has become a *part*, and the rule of above
+# ("outside the pairs gradients are whole") no longer holds: outside the pairs they belong to this rank's *tokens*. All
+# norms need the sum now (`TOKEN_NORMS` beside `HEAD_NORMS`; the bytes above had them). No shape says so. Leave it out:
+
+# %%
+broken = run("04.token_norms_not_summed", "tp=2", optimizers=("sgd",))
+print("equal to one device:", broken.ok)
+print("first divergence:", re.sub(r", step.*", "", broken.first_divergence))
+assert not broken.ok and "norm" in broken.first_divergence
+
+# %% [markdown]
+# The museum has it as `04.token_norms_not_summed`. Whoever turns the option on and looks at the first loss sees
+# nothing.
+#
 # ## What to read next
 #
 # - The [write-up](../summary/04_tensor_parallel.md): decisions, what was tried and dropped, measurements.
@@ -940,4 +1023,6 @@ assert amounts[4] > amounts[1] / 4 * 1.3
 # - *Megatron-LM* (arXiv 1909.08053): the pair, the conjugate operators, the split vocabulary.
 # - *Efficient Large-Scale Language Model Training on GPU Clusters* (arXiv 2104.04473): why `tp` stays inside a machine,
 #   with pipelines and data parallelism around it.
+# - *Reducing Activation Recomputation in Large Transformer Models* (arXiv 2205.05198): sequence parallelism, and
+#   what is worth computing again.
 # - *Grouped-query attention* (arXiv 2305.13245): where the limit on `tp` comes from.
