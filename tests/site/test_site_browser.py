@@ -217,6 +217,7 @@ def test_terms_lead_to_the_glossary(reader: Reader, site: Path) -> None:
         assert not page.locator(":is(h1, h2, h3, code, summary, a) a.term").count()
         links = page.locator("article a.term").evaluate_all("all => all.map(a => a.getAttribute('href'))")
         assert len(links) == len(set(links)), "a term is linked at its first use only"
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     term = page.locator("article a.term:visible").first
     word = term.inner_text().rstrip("s").lower()
     term.click()
