@@ -73,6 +73,10 @@ _LOSSES = {
         lambda losses, mask, axis: losses[mask].sum() / all_reduce(torch.tensor(mask.numel()), axis),
         "the divisor counts all tokens, also those that are masked out; count the targets only",
     ),
+    "local tokens": (
+        lambda losses, mask, axis: losses[mask].sum() / mask.numel(),
+        "the divisor is the number of this rank's own tokens; divide by the number of targets of all ranks",
+    ),
     "masked tokens kept": (
         lambda losses, mask, axis: losses.sum() / all_reduce(mask.sum(), axis),
         "losses of tokens that the mask leaves out are in the sum",
@@ -80,22 +84,33 @@ _LOSSES = {
 }
 
 
-def _loss_values(answer: Answer, axis: Axis) -> tuple[Any, dict[str, Tensor]]:
+def _loss_values(answer: Answer, axis: Axis) -> tuple[Any, dict[str, Tensor], bool]:
     generator = torch.Generator().manual_seed(axis.index)
-    losses = torch.rand(8, generator=generator, dtype=torch.float64)
-    mask = torch.arange(8) < (6 if axis.index == 0 else 2)
+    losses = torch.rand(10, generator=generator, dtype=torch.float64)
+    at = torch.arange(10)
+    # 6 and 3 targets of 10: no wrong divisor is by chance the right one
+    mask = at < 6 if axis.index == 0 else (at >= 4) & (at < 7)
     known = {name: wrong(losses, mask, axis) for name, (wrong, _) in _LOSSES.items()}
-    return answer(losses, mask, axis), {"right": local_loss(losses, mask, axis), **known}
+    known["right"] = local_loss(losses, mask, axis)
+    got = answer(losses.requires_grad_(), mask, axis)
+    if not isinstance(got, Tensor):
+        return got, known, False
+    return got.detach(), known, got.requires_grad
 
 
 def _run_local_loss(answer: Answer) -> str | None:
-    got, known = _on_ranks(_loss_values, answer)[0]
-    if _near(got, known["right"]):
-        return None
-    for name, (_, hint) in _LOSSES.items():
-        if _near(got, known[name]):
-            return hint
-    return f"on rank 0 the loss is {float(got):.4f} and should be {float(known['right']):.4f}"
+    for rank, (got, known, differentiable) in enumerate(_on_ranks(_loss_values, answer)):
+        if not isinstance(got, Tensor):
+            return f"on rank {rank} the answer is {got!r}; it should be a tensor, to call backward on"
+        if _near(got, known["right"]):
+            if not differentiable:
+                return "the value is right, and has lost its graph: backward cannot be called on it"
+            continue
+        for name, (_, hint) in _LOSSES.items():
+            if _near(got, known[name]):
+                return hint
+        return f"on rank {rank} the loss is {float(got):.4f} and should be {float(known['right']):.4f}"
+    return None
 
 
 # --- 2: the naive reduction -------------------------------------------------------------------------------
@@ -142,31 +157,50 @@ def _reduce_and_drop(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
             all_reduce(parameter.grad, axis)
 
 
-_NOT_SUMMED = (
-    "the gradients are still each rank's own. What a hook is handed is the parameter: reduce its .grad, and see that "
-    "the sum ends up there"
-)
+_NOT_SUMMED = "the weights were changed. What is summed is each parameter's .grad, not the parameter"
 _MEAN = (
     "the gradients are averaged; the loss is already divided by the global number of targets, so they must be summed"
+)
+_FILLED = (
+    "a parameter without a gradient was given one: None must stay None, for an optimizer skips None and moves a weight "
+    "whose gradient is zero"
+)
+_NEW = (
+    "the gradients are still each rank's own: `all_reduce(x, axis)` returns the sum as a new tensor and leaves x as it "
+    "is; put the sum into .grad"
 )
 _TIED = "the tied parameter is listed twice and was summed twice; go through each parameter once"
 
 
-def _gradients_after(answer: Answer, axis: Axis) -> list[tuple[Tensor, Tensor]]:
-    parameters = [nn.Parameter(torch.full((3,), float(n + 1), dtype=torch.float64)) for n in range(3)]
+def _reduce_and_fill(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    for parameter in dict.fromkeys(parameters):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    reduce_gradients(parameters, axis)
+
+
+def _gradients_after(answer: Answer, axis: Axis) -> tuple[list[tuple[Tensor, Tensor]], bool, bool]:
+    """Gradients and what they should be; whether the frozen one has none still; whether weights were changed."""
+    start = 1.0 + axis.index  # other weights on each rank, so that a reduction of them shows
+    parameters = [nn.Parameter(torch.full((3,), start, dtype=torch.float64)) for _ in range(3)]
     plain, tied, frozen = parameters
     plain.grad, tied.grad = torch.full_like(plain, 1.0 + axis.index), torch.full_like(tied, 10.0 + axis.index)
     want = [all_reduce(p.grad, axis) for p in (plain, tied) if p.grad is not None]
     answer([plain, tied, frozen, tied], axis)
-    return [(p.grad, w) for p, w in zip((plain, tied), want, strict=True) if p.grad is not None]
+    pairs = [(p.grad, w) for p, w in zip((plain, tied), want, strict=True) if p.grad is not None]
+    return pairs, frozen.grad is None, any(bool((p != start).any()) for p in parameters)
 
 
 def _run_reduce(answer: Answer) -> str | None:
-    for (plain, sum_plain), (tied, sum_tied) in _on_ranks(_gradients_after, answer):
+    for ((plain, sum_plain), (tied, sum_tied)), still_none, moved in _on_ranks(_gradients_after, answer):
+        if not still_none:
+            return _FILLED
         if _near(plain, sum_plain / RANKS):
             return _MEAN
-        if not _near(plain, sum_plain):
+        if moved:
             return _NOT_SUMMED
+        if not _near(plain, sum_plain):
+            return _NEW
         if not _near(tied, sum_tied):
             return _TIED
     return None
@@ -260,7 +294,8 @@ EXERCISES = [
         reference=reduce_gradients,
         mistakes=(
             Mistake("the parameter", _reduce_parameters, _NOT_SUMMED),
-            Mistake("result dropped", _reduce_and_drop, _NOT_SUMMED),
+            Mistake("result dropped", _reduce_and_drop, _NEW),
+            Mistake("zeros for what is frozen", _reduce_and_fill, _FILLED),
             Mistake("mean", _reduce_to_mean, _MEAN),
             Mistake("tied twice", _reduce_tied_twice, _TIED),
         ),

@@ -7,6 +7,7 @@ would do that see different orders.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 _ORDER = "backward reaches the last parameters first: a first bucket with early layers waits for all of backward"
 _SMALL = "a bucket was closed before it reached the limit: more messages than needed, and each costs its latency"
+_EMPTY = "an empty bucket is a message about nothing: open a bucket only when a parameter is there to go into it"
 _LARGE = "a bucket that had reached the limit took one more parameter: its reduction starts later than it could"
 _MISSING = "each parameter must be in exactly one bucket, also one that is larger than the limit"
 
@@ -65,8 +67,12 @@ def _ready_order(sizes: Sequence[int]) -> list[int]:
 
 
 def _run_buckets(answer: Answer) -> str | None:
-    for sizes, limit in (([4, 4, 4, 4, 4], 8), ([3, 100, 5, 2, 9, 1, 1], 10), ([7], 50)):
-        got = answer(list(sizes), limit)
+    for sizes, limit in (([4, 4, 4, 4, 4], 8), ([3, 100, 5, 2, 9, 1, 1], 10), ([7], 50), ([4, 4], 8)):
+        place = {index: at for at, index in enumerate(_ready_order(sizes))}
+        # a bucket is complete with its last gradient, so the order inside it does not matter
+        got = [sorted(group, key=lambda i: place.get(i, -1)) for group in answer(list(sizes), limit)]
+        if not all(got):
+            return _EMPTY
         if sorted(i for group in got for i in group) != list(range(len(sizes))):
             return _MISSING
         if [i for group in got for i in group] != _ready_order(sizes):
@@ -76,6 +82,11 @@ def _run_buckets(answer: Answer) -> str | None:
         if any(sum(sizes[i] for i in group[:-1]) >= limit for group in got):
             return _LARGE
     return None
+
+
+def _one_open(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    groups = buckets(sizes, limit)
+    return [*groups, []] if sum(sizes[i] for i in groups[-1]) >= limit else groups
 
 
 def _forward_order(sizes: Sequence[int], limit: int) -> list[list[int]]:
@@ -126,6 +137,12 @@ def start_order(completed: Sequence[int]) -> list[list[int]]:
     return out
 
 
+def _rest_at_the_end(completed: Sequence[int]) -> list[list[int]]:
+    out = _start_one_each(completed)
+    out[-1] += range(sum(map(len, out)), len(completed))
+    return out
+
+
 def _start_one_each(completed: Sequence[int]) -> list[list[int]]:
     done: set[int] = set()
     out, following = [], 0
@@ -163,6 +180,10 @@ def _run_start_order(answer: Answer) -> str | None:
                 return _INCOMPLETE
         if got != start_order(completed):
             return _LATE
+    for order in permutations(range(4)):  # a rank may see any order
+        got = answer(list(order))
+        if got != start_order(order):
+            return _LATE if [k for moment in got for k in moment] == list(range(4)) else _FORGOTTEN
     return None
 
 
@@ -180,6 +201,7 @@ EXERCISES = [
             Mistake("kept below the limit", _keep_below, _SMALL),
             Mistake("one for all", lambda sizes, limit: [list(reversed(range(len(sizes))))], _LARGE),
             Mistake("large ones left out", _leave_large_out, _MISSING),
+            Mistake("one left open", _one_open, _EMPTY),
         ),
         run=_run_buckets,
     ),
@@ -194,6 +216,7 @@ EXERCISES = [
             Mistake("as they come", lambda completed: [[k] for k in completed], _DIFFERENT),
             Mistake("by number", lambda completed: [[k] for k in sorted(completed)], _INCOMPLETE),
             Mistake("one at a time", _start_one_each, _FORGOTTEN),
+            Mistake("one at a time, the rest at the end", _rest_at_the_end, _LATE),
             Mistake("all at the end", lambda done: [[] for _ in done[1:]] + [sorted(done)], _LATE),
         ),
         run=_run_start_order,
