@@ -84,8 +84,8 @@ assert counter == 0
 #
 # ## The exchanges
 #
-# A **collective** is a call that every rank of a group makes together. There are few, and five of them carry all the
-# traffic of this library. In the drawings a row is one rank's memory. The colour and the digit say whose numbers they
+# A **collective** is a call that every rank of a group makes together. There are few. Five of
+# them, and messages from one rank to another, carry all the traffic of this library. In the drawings a row is one rank's memory. The colour and the digit say whose numbers they
 # are; grey `+b` is the sum of everyone's part `b`.
 #
 # A collective works along an **axis** of a **mesh**: the ranks that work together, and which of them I am. For now
@@ -287,7 +287,8 @@ print("tree: ", tree)
 assert sum(tree) == sum(ring) == 2 * 3 * 4096, "all ranks together send the same"
 
 # %% [markdown]
-# Ranks 0 and 2 send the tensor twice, on the way up and down, ranks 1 and 3 once. All together send $2(n-1)S$ bytes,
+# Ranks 0 and 2 send the tensor twice (rank 0, the root, on the way down; rank 2 once up and once down), ranks 1 and 3
+# once. All together send $2(n-1)S$ bytes,
 # as in the ring. But in the ring all links work all the time, and in the tree most of them wait.
 #
 # ## When which? The alpha-beta model
@@ -593,9 +594,10 @@ except RankError as error:
 # %% [markdown]
 # ## A mesh: who talks to whom
 #
-# Real layouts combine techniques, and each has its own group of partners. The ranks form a grid with three axes:
+# Real layouts combine techniques, and each has its own group of partners. The ranks form a grid. Three of its axes:
 # pipeline stages (`pp`), copies of the model (`dp`), slices of a layer (`tp`). `tp` varies fastest, because it talks
-# most and neighbours have the fastest links:
+# most and neighbours have the fastest links. (A fourth, `cp`, shares each sequence; it lies between `dp` and `tp` and
+# has one rank here. Chapter 06 is about it.)
 #
 # $$\text{rank} = (pp \cdot n_{dp} + dp) \cdot n_{tp} + tp$$
 
@@ -630,8 +632,8 @@ for rank, (tp, dp, world) in enumerate(launch(two_axes, world_size=4)):
 # Fill in a function and run `check`. It says passed, failed with a hint, or not attempted yet. `solution("00...")`
 # from `picotron_mini.course.exercises` shows an answer, when you have given up.
 #
-# 1. **One collective from another.** Write reduce_scatter with `all_to_all(x, axis)` and a sum. `x` is `[n K]`, and
-#    rank r returns `[K]`, the sum of everyone's part r.
+# 1. **One collective from another.** Write reduce_scatter with `collectives.all_to_all(x, axis)` and a sum. `x` has n K
+#    elements in one dim, and rank r returns K of them, the sum of everyone's part r.
 
 # %%
 from picotron_mini.course.exercises import check
@@ -644,7 +646,7 @@ check("00.reduce_scatter", my_reduce_scatter)
 
 # %% [markdown]
 # 2. **A ring within a budget.** `ring_all_reduce` needs a length that n divides. Write one for any length: the same
-#    sum on every rank, with `send` and `receive` only, `x` unchanged, and no rank sends more than $2(n-1)\lceil
+#    sum on every rank, with `collectives.send` and `collectives.receive` only, `x` unchanged, and no rank sends more than $2(n-1)\lceil
 #    L/n\rceil$ numbers.
 
 
