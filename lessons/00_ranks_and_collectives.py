@@ -85,8 +85,8 @@ assert counter == 0
 # ## The exchanges
 #
 # A **collective** is a call that every rank of a group makes together. There are few. Five of
-# them, and messages from one rank to another, carry all the traffic of this library. In the drawings a row is one rank's memory. The colour and the digit say whose numbers they
-# are; grey `+b` is the sum of everyone's part `b`.
+# them, and messages from one rank to another, carry all the traffic of this library. In the drawings a row is one
+# rank's memory. The colour and the digit say whose numbers they are; grey `+b` is the sum of everyone's part `b`.
 #
 # A collective works along an **axis** of a **mesh**: the ranks that work together, and which of them I am. For now
 # the mesh has one axis, `dp`, with all four ranks.
@@ -646,8 +646,8 @@ check("00.reduce_scatter", my_reduce_scatter)
 
 # %% [markdown]
 # 2. **A ring within a budget.** `ring_all_reduce` needs a length that n divides. Write one for any length: the same
-#    sum on every rank, with `collectives.send` and `collectives.receive` only, `x` unchanged, and no rank sends more than $2(n-1)\lceil
-#    L/n\rceil$ numbers.
+#    sum on every rank, with `collectives.send` and `collectives.receive` only, `x` unchanged, and no rank sends more
+#    than $2(n-1)\lceil L/n\rceil$ numbers.
 
 
 # %%

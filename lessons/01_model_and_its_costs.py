@@ -257,7 +257,8 @@ assert torch.equal(last(first(tokens)), make_model()(tokens))
 
 # %% [markdown]
 # **Positions and documents are inputs.** A rank that holds the second half of a sequence passes positions 8 to 15
-# (this is context parallelism, [context.py](../picotron_mini/parallel/context.py)). Two documents in one row, each with positions of its own and without sight of the other, are two rows:
+# (this is context parallelism, [context.py](../picotron_mini/parallel/context.py)). Two documents in one row, each
+# with positions of its own and without sight of the other, are two rows:
 
 # %%
 packed = torch.cat([tokens[:1, :8], tokens[1:, :8]], dim=1)  # [1, 16]

@@ -206,6 +206,10 @@ def model_problems(model: ModelConfig) -> list[str]:
         )
     elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
         found.append("head_dim must be even: rotary embedding turns pairs of channels")
+    if not 0 < model.rope_theta < float("inf"):
+        found.append(f"rope_theta={model.rope_theta} must be a number above 0, as 10000.0")
+    if not 0 <= model.norm_eps < float("inf"):
+        found.append(f"norm_eps={model.norm_eps} must be 0 or above, as 1e-05")
     scaling = model.rope_scaling
     if scaling is not None and not scaling.low_freq_factor < scaling.high_freq_factor:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -366,11 +370,15 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         if not 0 < getattr(train, name) < float("inf"):
             found.append(f"{name}={getattr(train, name)} must be a number above 0")
     for name in ("clip_norm", "weight_decay"):
-        if not getattr(train, name) >= 0:
+        if not 0 <= getattr(train, name) < float("inf"):
             found.append(f"{name}={getattr(train, name)} must be 0 (off) or above")
-    for name in ("beta1", "beta2", "min_lr_ratio"):
-        if not 0 <= getattr(train, name) <= 1:
-            found.append(f"{name}={getattr(train, name)} must lie between 0 and 1")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            found.append(f"{name}={getattr(train, name)} must lie between 0 and 1, below 1")
+    if not 0 <= train.min_lr_ratio <= 1:
+        found.append(f"min_lr_ratio={train.min_lr_ratio} must lie between 0 and 1")
+    if not 0 <= train.seed < 2**63:
+        found.append(f"seed={train.seed} must be 0 or above, and below 2**63")
     if train.zero not in (0, 1, 2, 3):
         found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
     elif train.zero and mesh.dp == 1:

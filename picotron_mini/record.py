@@ -118,5 +118,10 @@ class Recorder:
         prompt = "def "
         tokens = torch.tensor([self.tokenizer.encode(prompt)])
         model.to(self.device)
-        out = generate(model, tokens.to(self.device), SAMPLE_TOKENS, stop_token=self.tokenizer.end)[0].tolist()
+        # a run that has diverged has no probabilities to draw from; its summary must be written all the same
+        finite = all(bool(weight.isfinite().all()) for weight in state.values())
+        out = generate(
+            model, tokens.to(self.device), SAMPLE_TOKENS, temperature=0.8 if finite else 0.0,
+            stop_token=self.tokenizer.end,
+        )[0].tolist()  # fmt: skip
         return {"prompt": prompt, "text": self.tokenizer.decode([t for t in out if t != self.tokenizer.end])}

@@ -132,7 +132,7 @@ def verify(
         for o in optimizers
     ]
     run = runs[0]
-    device = "cuda" if train.device == "cuda" else "cpu"
+    device = run.train.device  # resolved: "auto" is one of the two by now
     whole = layout_of(run)
     check_frozen(run.model, run.train.freeze)
     predicted = [predict_step(run, whole, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import RunConfig, TrainConfig, UserError, resolve
+from .config import MeshShape, RunConfig, TrainConfig, UserError, resolve
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .launch import launch
 from .mesh import Mesh
@@ -68,7 +68,9 @@ def write(folder: str, wish: Wish, device: str = "auto", layout: str = "1", dtyp
     device = device if device != "auto" else "cuda" if gpus else "cpu"
     model = load(folder)
     tokenizer = load_tokenizer(_weights(folder))
-    run = resolve(RunConfig(layout, model=model.config, train=TrainConfig(device=device, dtype=dtype)), gpus=gpus)  # type: ignore[arg-type]
+    # cp ranks are replicas here: the sequence of a training step, which they would share, has a length that fits
+    train = TrainConfig(device=device, dtype=dtype, seq_len=2 * MeshShape.parse(layout).cp)  # type: ignore[arg-type]
+    run = resolve(RunConfig(layout, model=model.config, train=train), gpus=gpus)
     if run.mesh.world_size == 1:
         model.to(device, getattr(torch, dtype))
         _print(partial(next_logits, model), tokenizer, wish, torch.device(device))

@@ -363,6 +363,9 @@ def test_data_that_does_not_fit_is_refused(values: dict[str, object], message: s
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be 0"),
         ({"lr": float("inf")}, "lr=inf must be a number above 0"),
         ({"beta2": 1.5}, "beta2=1.5 must lie between 0 and 1"),
+        ({"beta1": 1.0}, "beta1=1.0 must lie between 0 and 1, below 1"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf must be 0"),
+        ({"seed": -1}, "seed=-1 must be 0 or above"),
     ],
 )
 def test_numbers_that_would_turn_training_upside_down_are_refused(setting: dict[str, float], said: str) -> None:

@@ -83,7 +83,7 @@ def test_the_seed_decides(folder: Path, said: Callable[..., tuple[int, str, str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp=2", "pp=2", "dp=2", "cp=2", "tp=2,pp=2"])
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2", "dp=2", "cp=2", "cp=3", "tp=2,pp=2"])
 def test_a_model_that_is_spread_over_ranks_writes_the_same(
     layout: str, folder: Path, said: Callable[..., tuple[int, str, str]]
 ) -> None:
