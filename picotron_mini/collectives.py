@@ -23,7 +23,7 @@ The collectives are custom operators, so that they and the ledger inside them be
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -264,6 +264,24 @@ def reduce_scatter_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
         return Done()
     ledger.record(axis.key, "reduce_scatter", x)
     return _started(_scatter(out.view(-1), x.view(-1), group=axis.group, async_op=True))
+
+
+def all_to_all_async(
+    out: Tensor, x: Tensor, axis: Axis, receives: Sequence[int], sends: Sequence[int], operation: str = "all_to_all"
+) -> Work:
+    """Start sending the first `sends[0]` rows of x to rank 0, the next `sends[1]` to rank 1, and so on.
+
+    Args:
+        out: contiguous, gets the `receives[j]` rows that each rank j sends, in rank order; filled after `wait()`.
+        x: contiguous; must be kept and left alone until `wait()`.
+        receives, sends: one number for each rank of the axis, zero included; what j sends to i, i receives from j.
+        operation: under which name the ledger counts it: control traffic is kept apart from what it controls.
+    """
+    if axis.size == 1:
+        out.copy_(x)
+        return Done()
+    ledger.record(axis.key, operation, x)
+    return _started(dist.all_to_all_single(out, x, list(receives), list(sends), group=axis.group, async_op=True))
 
 
 def send(x: Tensor, axis: Axis, to: int) -> Work:
