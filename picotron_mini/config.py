@@ -31,12 +31,16 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class MeshShape:
-    """How many ranks each axis has. `pp * dp * cp * tp` is the world size."""
+    """How many ranks each axis has. `pp * dp * cp * tp` is the world size.
+
+    `ep` does not multiply it: experts are spread over ranks that are there already, `ep` of the dp * cp (see mesh.py).
+    """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
 
     @property
     def world_size(self) -> int:
@@ -55,8 +59,8 @@ class MeshShape:
             if not match:
                 raise ConfigError(f"layout {text!r}: {part!r} is not AXIS=SIZE; write for example dp=2,tp=2")
             axis, size = match[1], int(match[2])
-            if axis not in AXES:
-                raise ConfigError(f"layout {text!r}: unknown axis {axis!r}; the axes are {', '.join(AXES)}")
+            if axis not in (*AXES, "ep"):
+                raise ConfigError(f"layout {text!r}: unknown axis {axis!r}; the axes are {', '.join(AXES)}, ep")
             if axis in sizes:
                 raise ConfigError(f"layout {text!r}: axis {axis!r} is named twice")
             if size < 1:
@@ -65,7 +69,7 @@ class MeshShape:
         return cls(**sizes)
 
     def __str__(self) -> str:
-        named = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "cp", "tp", "pp") if getattr(self, axis) > 1]
+        named = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "cp", "tp", "pp", "ep") if getattr(self, axis) > 1]
         return ",".join(named) or "dp=1"
 
 

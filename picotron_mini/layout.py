@@ -45,6 +45,7 @@ class Placement:
     stages: tuple[int, ...]  # pipeline stages that hold it: more than one for a tied embedding
     shards: tuple[Shard, ...] = ()
     sum_axes: tuple[str, ...] = ("dp",)  # axes over which the ranks' gradients add up; with cp ranks ("dp", "cp")
+    order: tuple[int, ...] = ()  # dim 0 is kept in this order, order[i] of the global tensor at i; (): as it is
 
     def holds(self, index: Mapping[str, int]) -> bool:
         """Whether the rank with these coordinates has a part of it."""
@@ -68,9 +69,13 @@ class Placement:
             size *= length
         return size
 
-    def without(self, axis: str) -> Placement:
-        """The same without the cut over `axis`: what its ranks have once they have put their parts together."""
-        return replace(self, shards=tuple(shard for shard in self.shards if shard.axis != axis))
+    def without(self, *axes: str) -> Placement:
+        """The same without the cut over `axes`: what their ranks have once they have put their parts together."""
+        return replace(self, shards=tuple(shard for shard in self.shards if shard.axis not in axes))
+
+    def part(self, whole: Any, index: Mapping[str, int]) -> Any:
+        """What the rank with these coordinates holds of the global tensor."""
+        return (whole[list(self.order)] if self.order else whole)[self.slices(index)]
 
     def padded_size(self, axis: str, index: Mapping[str, int]) -> int:
         """Elements that each rank of `axis` has in a buffer of equal parts: as many as the first, which has most."""
@@ -82,9 +87,13 @@ class Placement:
     def counts(self, index: Mapping[str, int]) -> bool:
         """Whether this rank is the one, of those with the same copy, that a sum over all ranks should count."""
         sharded = {shard.axis for shard in self.shards}
+        # the data ranks have two views: a parameter that is spread over ep has copies along edp, all else along dp, cp
+        other_view = {"dp", "cp"} if sharded & {"ep", "edp"} else {"ep", "edp"}
         if any(shard.ranges.index(shard.ranges[i := index[shard.axis]]) != i for shard in self.shards):
             return False  # a rank before has the same range
-        return index["pp"] == self.stages[0] and all(i == 0 for a, i in index.items() if a not in sharded | {"pp"})
+        return index["pp"] == self.stages[0] and all(
+            i == 0 for a, i in index.items() if a not in sharded | other_view | {"pp"}
+        )
 
 
 Layout = dict[str, Placement]
@@ -99,7 +108,7 @@ def split(total: int, parts: int) -> tuple[tuple[int, int], ...]:
 def to_json(layout: Layout, mesh: MeshShape) -> dict[str, Any]:
     """The layout as plain data, as `layout.json` of a run holds it."""
     return {
-        "axes": {axis: getattr(mesh, axis) for axis in AXES},
+        "axes": {axis: getattr(mesh, axis) for axis in (*AXES, *(["ep"] if mesh.ep > 1 else []))},
         "ranks": [{"rank": r, "coordinates": coordinates(mesh, r)} for r in range(mesh.world_size)],
         "parameters": [
             {

@@ -13,6 +13,13 @@ So   rank = ((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_index,   and 
 differ in that one index only. One axis is made of two: `mesh["dp_cp"]`, the ranks that differ in dp or cp. They hold
 the same weights and see other tokens, so gradients are summed over it. A technique is handed one `Axis` and never the
 whole mesh.
+
+**The sparse view.** Experts cut the same ranks anew. The dp * cp ranks of a stage and tp slice, in their order along
+`mesh["dp_cp"]`, are dealt out as `ep` neighbours that share the experts, edp = dp * cp / ep times. With dp=4, ep=2:
+
+    place along dp_cp     0  1  2  3        ranks 0, 1 hold all experts between them, and so do 2, 3
+    ep index              0  1  0  1        mesh["ep"]: who trades tokens
+    edp index             0  0  1  1        mesh["edp"]: who holds the same experts, and sums their gradients
 """
 
 from __future__ import annotations
@@ -48,11 +55,15 @@ class Axis:
 
 
 def coordinates(shape: MeshShape, rank: int) -> dict[str, int]:
-    """The index of a rank on every axis, as `{"pp": 1, "dp": 0, "cp": 0, "tp": 1}`."""
+    """The index of a rank on every axis, as `{"pp": 1, "dp": 0, "cp": 0, "tp": 1}`; with ep > 1 also "ep", "edp"."""
     out = {}
     for axis in reversed(AXES):
         rank, out[axis] = divmod(rank, getattr(shape, axis))
-    return {axis: out[axis] for axis in AXES}
+    dense = {axis: out[axis] for axis in AXES}
+    if shape.ep == 1:
+        return dense
+    edp, ep = divmod(out["dp"] * shape.cp + out["cp"], shape.ep)
+    return dense | {"ep": ep, "edp": edp}
 
 
 def axis_of(shape: MeshShape, rank: int, name: str) -> Axis:
@@ -77,6 +88,15 @@ def data_axis_of(shape: MeshShape, rank: int) -> Axis:
     return Axis("dp_cp", len(members), members.index(rank), members)
 
 
+def expert_axis_of(shape: MeshShape, rank: int, name: str) -> Axis:
+    """The sparse view: the axis "ep" or "edp" through `rank`; needs no process."""
+    data = data_axis_of(shape, rank)
+    edp, ep = divmod(data.index, shape.ep)
+    if name == "ep":
+        return Axis("ep", shape.ep, ep, data.ranks[edp * shape.ep : (edp + 1) * shape.ep])
+    return Axis("edp", data.size // shape.ep, edp, data.ranks[ep :: shape.ep])
+
+
 def axis_with_key(key: str) -> Axis:
     """This rank's axis whose `key` this is: for custom operators, which are handed strings."""
     name, _, members = key.partition(":")
@@ -89,7 +109,7 @@ class Mesh:
     """The grid as one rank sees it: `mesh["tp"]` is the axis of that name through this rank.
 
     `mesh["world"]` is all ranks, for the few scalars that everyone must agree on; `mesh["dp_cp"]` those that hold the
-    same weights (`data_axis_of`).
+    same weights (`data_axis_of`); `mesh["ep"]` and `mesh["edp"]` are the sparse view.
     """
 
     shape: MeshShape
@@ -108,12 +128,13 @@ class Mesh:
         # new_group is itself collective: all ranks make all groups, also those that they are not in. The
         # pipeline gets two: activations and gradients travel against each other, and NCCL runs the
         # messages of one group in order. For the same reason cp never shares a group: its ring must not queue behind
-        # the gradients.
-        for name in ("world", *AXES, "pp.backward", *(["dp_cp"] if shape.cp > 1 else [])):
+        # the gradients, nor do the tokens on their way to experts.
+        more = [*(["dp_cp"] if shape.cp > 1 else []), *(["ep", "edp"] if shape.ep > 1 else [])]
+        for name in ("world", *AXES, "pp.backward", *more):
             for rank in range(shape.world_size):
                 axis = cls(shape, rank)[name]
                 if axis.index == 0 and axis.size > 1:
-                    everyone = axis.size == shape.world_size and name not in ("pp.backward", "cp")
+                    everyone = axis.size == shape.world_size and name not in ("pp.backward", "cp", "ep")
                     group = dist.group.WORLD if everyone else dist.new_group(list(axis.ranks))
                     assert group is not None
                     GROUPS[axis.key] = group
@@ -124,6 +145,8 @@ class Mesh:
             return Axis("world", self.shape.world_size, self.rank, tuple(range(self.shape.world_size)))
         if name == "dp_cp":
             return data_axis_of(self.shape, self.rank)
+        if name in ("ep", "edp"):
+            return expert_axis_of(self.shape, self.rank, name)
         base = axis_of(self.shape, self.rank, name.removesuffix(".backward"))
         return Axis(name, base.size, base.index, base.ranks)
 

@@ -1,0 +1,155 @@
+"""Dispatch: take each token to the ranks that hold its experts, and bring back what they make of it.
+
+With E experts on `ep` ranks, E/ep on each, and K experts a token:
+
+    rank 0   t0 -> experts 0, 1     t0 ------------> rank 0       both of its experts are there: one row, not two
+             t1 -> experts 1, 2     t1 ------------> rank 0
+                                    t1' -----------> rank 1       a row for each *rank* that holds one of its experts
+    rank 1   t2 -> experts 0, 3     t2 ------------> rank 0 ...
+
+    1 plan      from experts [N, K]: which rows go to which rank; the ranks tell each other how many (control traffic)
+    2 start     all_to_all of rows [S, D] and, beside them, which experts they are for, with which weights [S, 2 K]
+    3 meanwhile the shared expert, if there is one
+    4 experts   of this rank, on the rows [R, D] that came; a row's outputs are weighed and added up *here*
+    5 back      all_to_all of [R, D], one row for each that came
+    6 add up    the rows [S, D] of a token's ranks -> y [N, D]
+
+One row a rank instead of one an expert saves bytes both ways: of K choices that fall evenly on E experts, a token needs
+ep (1 - C(E - E/ep, K) / C(E, K)) ranks; with E=8, K=2, ep=2 that is 1.57 rows and not 2.
+
+Every step is differentiable, and the exchanges have their gradients (`exchange.py`), so the backward is autograd's: the
+gradients of outputs go where the rows went, those of rows and weights come back.
+
+`parts` cuts the tokens: while the experts compute one part, the next one's rows travel. As in `exchange.py`, backward
+it is the same in reverse.
+
+The only thing for which the host waits is the numbers of rows, which it must know to make room: once for each call.
+
+Cost in payload, with S rows sent, R received, w bytes a number of x and g = max(w, 4) of a weight:
+    forward    S (D w + 2 K g) there, R D w back;      backward    S D w there, R (D w + 2 K g) back
+    control    8 parts (ep + E) forward
+
+Papers: GShard (arXiv 2006.16668), Tutel (arXiv 2206.03382); once for each rank: DeepSeek-V3 (arXiv 2412.19437).
+Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows received, M rows for experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..collectives import all_to_all_async
+from ..mesh import Axis
+from ..model.moe import Experts, local_dispatch
+from .exchange import UnevenExchange
+
+
+@dataclass
+class Plan:
+    """Who sends what to whom, of one part of the tokens."""
+
+    token: Tensor  # [S] the token of each row to be sent: by rank, then by token
+    local: Tensor  # [S, K] its choices as experts of the rank where it goes; -1: not there
+    sends: list[int]  # rows to each rank; their sum is S
+    receives: list[int]  # rows from each rank; their sum is R
+    routed: int  # M, the rows that this rank's experts will see
+
+
+def plan(parts: Sequence[Tensor], axis: Axis, held: int) -> list[Plan]:
+    """Agree on who sends what to whom. Every rank of the axis must call it.
+
+    Args:
+        parts: [N, K] int64 each, the slots of each token's experts: slot s is the expert s % held of rank s // held. -1:
+            no expert.
+        held: experts on each rank.
+    """
+    ranks, outgoing, needs = axis.size, [], []
+    for slots in parts:
+        owner = torch.where(slots < 0, ranks, slots // held)  # [N, K]
+        need = torch.zeros(len(slots), ranks + 1, dtype=torch.bool, device=slots.device)
+        needs.append(need.scatter_(1, owner, True)[:, :ranks].T)  # [ranks, N]: whether the token goes there
+        load = torch.zeros(ranks + 1, dtype=torch.int64, device=slots.device)
+        load = load.scatter_add_(0, owner.flatten(), torch.ones_like(owner).flatten())[:ranks]  # choices, by rank
+        outgoing.append(torch.stack([needs[-1].sum(1), load], 1))  # [ranks, 2]
+    mine = torch.stack(outgoing, 1)  # [ranks, parts, 2]
+    theirs, ones = torch.empty_like(mine), [1] * ranks
+    all_to_all_async(theirs, mine, axis, ones, ones, "counts").wait()
+    numbers = torch.stack([mine, theirs]).tolist()  # the one point where the host waits for the GPU
+    plans = []
+    for number, (slots, need) in enumerate(zip(parts, needs, strict=True)):
+        sends, receives = ([to[number][0] for to in each] for each in numbers)
+        # where the trues are, without asking the device how many: it has just told
+        where = need.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(sends)]
+        rank, token = where // len(slots), where % len(slots)  # [S] each
+        chosen = slots[token]  # [S, K]
+        local = torch.where(chosen // held == rank[:, None], chosen % held, -1)  # -1 // held is no rank
+        plans.append(Plan(token, local, sends, receives, sum(of[number][1] for of in numbers[1])))
+    return plans
+
+
+class ExpertDispatch:
+    """`MoE.dispatch` for experts that are spread over an axis.
+
+    Args:
+        axis: the ranks that hold the experts between them.
+        num_experts: of the whole model.
+        parts: in how many the tokens are cut, to compute one while the next travels.
+
+    Attributes:
+        slot: [E] int64, the slot of each expert, held * rank + place on that rank. None: expert e is in slot e.
+    """
+
+    def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0) -> None:
+        self.axis, self.held, self.parts, self.layer = axis, num_experts // axis.size, parts, layer
+        self.slot: Tensor | None = None
+
+    def __call__(
+        self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis must call it, with its own tokens."""
+        slots = experts if self.slot is None else torch.where(experts < 0, -1, self.slot[experts])
+        for log in _LOGS:
+            log.append((self.layer, slots.detach().cpu()))
+        cut = [range(i * len(x) // self.parts, (i + 1) * len(x) // self.parts) for i in range(self.parts)]
+        cuts = [slice(each.start, each.stop) for each in cut]
+        plans = plan([slots[each] for each in cuts], self.axis, self.held)
+        going = [self._start(x[each], weights[each], plan) for each, plan in zip(cuts, plans, strict=True)]
+        beside = None if shared is None else shared(x)
+        coming = []
+        for each, (rows, meta, trips) in zip(plans, going, strict=True):
+            rows, meta = (trip.wait(arriving) for trip, arriving in zip(trips, (rows, meta), strict=True))
+            local, weight = meta[:, experts.shape[1] :].detach().long(), meta[:, : experts.shape[1]]  # [R, K] each
+            out = local_dispatch(rows, local, weight, run, routed=each.routed)  # [R, D]
+            back = UnevenExchange(self.axis, each.receives, each.sends)
+            coming.append((back, back.start(out)))
+        y = x.new_zeros(x.shape)
+        for each, chunk, (back, arriving) in zip(plans, cuts, coming, strict=True):
+            y = y.index_add(0, each.token + chunk.start, back.wait(arriving))
+        return y if beside is None else y + beside
+
+    def _start(
+        self, x: Tensor, weights: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor, tuple[UnevenExchange, UnevenExchange]]:
+        """Let rows set out, and beside them [S, 2 K] the weights and (exact in any float) which experts they are for."""
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        meta = torch.cat([weights[plan.token].to(wide), plan.local.to(wide)], 1)
+        trips = tuple(UnevenExchange(self.axis, plan.sends, plan.receives) for _ in range(2))
+        return trips[0].start(x[plan.token]), trips[1].start(meta), (trips[0], trips[1])
+
+
+_LOGS: list[list[tuple[int, Tensor]]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[int, Tensor]]]:
+    """Record, inside the `with` block, what every dispatch of this rank was asked for: its layer, and slots [N, K]."""
+    log: list[tuple[int, Tensor]] = []
+    _LOGS.append(log)
+    try:
+        yield log
+    finally:
+        _LOGS.remove(log)
