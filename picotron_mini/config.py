@@ -84,6 +84,32 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of the MLP. The defaults have as many active weights as the laptop's MLP."""
+
+    num_experts: int = 8
+    top_k: int = 2  # experts that a token passes; with choice=expert, on average
+    expert_size: int = 176  # inner width of an expert
+    shared_size: int = 0  # inner width of the shared expert, which every token passes; 0: none
+    dense_layers: int = 0  # so many first layers keep their MLP
+    choice: Literal["token", "expert"] = "token"  # who chooses whom
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True  # the weights of a token's experts sum to 1; with softmax: as if it came after the choice
+    scale: float = 1.0  # of the experts' sum, before the shared expert is added
+    groups: int = 1  # of experts; a token chooses inside its best groups only
+    limit_groups: int = 1  # how many groups those are
+    capacity: float | None = None  # rows that an expert takes of a sequence, over its even share; None: all that come
+    jitter: float = 0.0  # in training the router's input is multiplied by 1 - jitter ... 1 + jitter
+    balance: Literal["aux", "bias", "none"] = "aux"  # what keeps experts equally busy
+    aux_weight: float = 0.01  # of the auxiliary loss, which is 1 in perfect balance
+    aux_scope: Literal["sequence", "global"] = (
+        "global"  # balance within each sequence, or each micro-batch of all ranks
+    )
+    z_weight: float = 0.0  # of the mean squared log-sum-exp of the router's logits
+    bias_rate: float = 0.001  # by which balance=bias moves an expert's bias each step
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a Llama-style decoder. Defaults are the laptop's model, 0.8 million parameters."""
 
@@ -100,6 +126,12 @@ class ModelConfig:
     tie_embeddings: bool = True
     qk_norm: bool = False  # RMSNorm on queries and keys, as Qwen3 has it
     max_position: int = 8192  # written to the Hugging Face config; rotary positions have no limit of their own
+    moe: MoEConfig | None = None  # experts in place of the MLP; None: a dense model
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers that have experts; empty in a dense model."""
+        return range(self.moe.dense_layers if self.moe else self.num_layers, self.num_layers)
 
 
 @dataclass(frozen=True)
@@ -218,6 +250,59 @@ def model_problems(model: ModelConfig) -> list[str]:
     if scaling is not None and not scaling.low_freq_factor < scaling.high_freq_factor:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         found.append(f"rope_scaling: low_freq_factor={low} must be below high_freq_factor={high}")
+    return found + moe_problems(model)
+
+
+def moe_problems(model: ModelConfig) -> list[str]:
+    """What is wrong with a mixture of experts by itself, in words; empty when it is fine, or the model dense."""
+    if (moe := model.moe) is None:
+        return []
+    found = []
+    for name in ("num_experts", "top_k", "expert_size", "shared_size", "dense_layers", "groups", "limit_groups"):
+        least = 0 if name in ("shared_size", "dense_layers") else 1
+        if getattr(moe, name) < least:
+            found.append(f"{name}={getattr(moe, name)} must be at least {least}")
+    if found:
+        return found
+    if moe.top_k > moe.num_experts:
+        found.append(f"top_k={moe.top_k} is more than num_experts={moe.num_experts}; use top_k<={moe.num_experts}")
+    if moe.dense_layers >= model.num_layers:
+        found.append(
+            f"dense_layers={moe.dense_layers} leaves none of num_layers={model.num_layers} an expert; "
+            f"use dense_layers<={model.num_layers - 1}"
+        )
+    if moe.num_experts % moe.groups:
+        fits = _nearest(moe.groups, _divisors(moe.num_experts))
+        found.append(f"groups={moe.groups} does not divide num_experts={moe.num_experts}; groups could be {fits}")
+    elif moe.limit_groups > moe.groups:
+        found.append(f"limit_groups={moe.limit_groups} is more than groups={moe.groups}")
+    elif moe.top_k > (most := moe.limit_groups * moe.num_experts // moe.groups):
+        found.append(
+            f"top_k={moe.top_k} is more than the {most} experts of limit_groups={moe.limit_groups} of "
+            f"groups={moe.groups}; use top_k<={most}, or more limit_groups"
+        )
+    if moe.capacity is not None and not 0 < moe.capacity < float("inf"):
+        found.append(
+            f"capacity={moe.capacity} leaves no expert a row; use a number above 0, as 1.25, or None (no limit)"
+        )
+    for name in ("jitter", "aux_weight", "z_weight", "bias_rate"):
+        below = 1.0 if name == "jitter" else float("inf")
+        if not 0 <= getattr(moe, name) < below:
+            found.append(f"{name}={getattr(moe, name)} must be 0 or above, and below {below:g}")
+    if not 0 < moe.scale < float("inf"):
+        found.append(f"scale={moe.scale} must be a number above 0")
+    if moe.normalize and moe.top_k == 1 and moe.choice == "token":
+        found.append(
+            "top_k=1 with normalize=True makes every weight 1, so the router learns nothing from the loss; use "
+            "normalize=False"
+        )
+    if moe.choice == "expert":
+        for name, only in (("balance", "none"), ("groups", 1)):
+            if getattr(moe, name) != only:
+                found.append(
+                    f"choice=expert takes equally many rows for every expert and knows no groups; {name}="
+                    f"{getattr(moe, name)} must be {only}"
+                )
     return found
 
 
@@ -232,6 +317,11 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
         return found
     for name in ("num_heads", "num_kv_heads", "intermediate_size"):
         size = getattr(model, name)
+        if size % mesh.tp:
+            fits = [d for d in _divisors(size) if d <= 4 * mesh.tp]
+            found.append(f"tp={mesh.tp} does not divide {name}={size}; tp could be {_nearest(mesh.tp, fits)}")
+    for name in ("expert_size", "shared_size") if model.moe else ():
+        size = getattr(model.moe, name)
         if size % mesh.tp:
             fits = [d for d in _divisors(size) if d <= 4 * mesh.tp]
             found.append(f"tp={mesh.tp} does not divide {name}={size}; tp could be {_nearest(mesh.tp, fits)}")
@@ -432,6 +522,10 @@ def _read(hint: Any, value: Any, name: str) -> Any:
             if not isinstance(value, dict):
                 raise ConfigError(f"{name}={value!r} must be a group of settings: {', '.join(get_type_hints(group))}")
             return from_dict(group, value, f"{name}.")  # type: ignore[arg-type]
+    if type(None) in choices and len(choices) == 2:  # a scalar that may be left open, as float | None
+        if value is None:
+            return None
+        hint = next(choice for choice in choices if choice is not type(None))
     if get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{name}={value!r} must be a list of str")

@@ -12,7 +12,7 @@ With h = RMSNorm(x), one block computes
 
     q, k, v = h Wq, h Wk, h Wv;   q, k = RoPE(q, positions), RoPE(k, positions)
     x = x + softmax(q kT / sqrt(Dh) + mask) v Wo            H query heads share Hkv key-value heads
-    x = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown
+    x = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown          or a mixture of such MLPs, see moe.py
 
 Cost of a block for each token, forward: 2 flops for each weight, and 4 T H Dh for the two attention products
 (see costs.py).
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picotron_mini.config import ConfigError, ModelConfig, model_problems
+from picotron_mini.model.moe import MoE, Pool, check_causal
 
 if TYPE_CHECKING:
     from picotron_mini.model.generate import KeyValueCache, LayerCache
@@ -157,32 +158,39 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))  # [B, T, F] -> [B, T, D]
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention and MLP (or experts), each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        width, moe = config.hidden_size, config.moe
+        self.mlp: MLP | MoE
+        if moe is not None and index in config.moe_layers:
+            self.mlp = MoE(moe, width, index, MLP(width, moe.shared_size) if moe.shared_size else None)
+        else:
+            self.mlp = MLP(width, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; cos and sin as from `rope`, documents and cache as in `GPT.forward`."""
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None, cache: LayerCache | None = None,
+        pool: Pool | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [B, T, D] -> [B, T, D]; cos and sin as from `rope`, documents, cache and pool as in `GPT.forward`."""
         x = x + self.attention(self.attention_norm(x), cos, sin, documents, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        h = self.mlp_norm(x)
+        return x + (self.mlp(h, pool) if isinstance(self.mlp, MoE) else self.mlp(h))
 
 
 class GPT(nn.Module):
@@ -207,7 +215,7 @@ class GPT(nn.Module):
         size = (config.vocab_size, config.hidden_size)
         self.embed = nn.Embedding(*size) if embed else None
         indices = range(config.num_layers) if layers is None else layers
-        self.layers = nn.ModuleDict({str(i): Block(config) for i in indices})
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in indices})
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if head else None
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if head else None
         self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
@@ -230,6 +238,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        pool: Pool | None = None,
     ) -> Tensor:
         """Run the layers that are here, and the final norm if the head is here.
 
@@ -238,20 +247,27 @@ class GPT(nn.Module):
             positions: [B, T] int64; None: 0..T-1, after what the cache holds.
             documents: [B, T] int64 ids; a token attends inside its document only. None: plain causal attention.
             cache: the keys and values of earlier tokens; those of x are appended.
+            pool: what routers must know beside x; None: x is all there is.
 
         Returns:
             Hidden states [B, T, D].
+
+        Raises:
+            ConfigError: a cache, and experts that choose their tokens among later ones too.
         """
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]  # [1, T]
         if cache is not None:
             documents = cache.extend(x.shape[1], documents)  # [B, Tk], of every key
+            if self.config.moe is not None:
+                check_causal(self.config.moe)
+                pool = Pool(limit=False)  # a sequence that is not whole has no share to exceed
         if self.embed is not None:
             x = self.embed(x)
         cos, sin = rope(self.config, positions, x.dtype)
         for index, block in self.layers.items():
-            x = block(x, cos, sin, documents, None if cache is None else cache.layer(index))
+            x = block(x, cos, sin, documents, None if cache is None else cache.layer(index), pool)
         return x if self.norm is None else self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -306,7 +322,7 @@ def initial_weight(
     if name.endswith("norm.weight"):
         return torch.ones(*shape, device=device)
     std = 0.02
-    if name.endswith((".o.weight", ".down.weight")):
+    if name.endswith((".o.weight", ".down.weight", ".experts.down")):
         std /= math.sqrt(2 * config.num_layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()  # stable, unlike hash()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
