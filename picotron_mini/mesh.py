@@ -70,7 +70,7 @@ def axis_of(shape: MeshShape, rank: int, name: str) -> Axis:
     """The axis `name` through `rank`; needs no process."""
     here = coordinates(shape, rank)
     members = tuple(
-        r for r in range(shape.world_size) if all(c == here[a] for a, c in coordinates(shape, r).items() if a != name)
+        r for r in range(shape.world_size) if all(coordinates(shape, r)[a] == here[a] for a in AXES if a != name)
     )
     return Axis(name, len(members), here[name], members)
 
@@ -83,7 +83,7 @@ def data_axis_of(shape: MeshShape, rank: int) -> Axis:
     members = tuple(
         r
         for r in range(shape.world_size)
-        if all(c == here[a] for a, c in coordinates(shape, r).items() if a not in ("dp", "cp"))
+        if all(coordinates(shape, r)[a] == here[a] for a in AXES if a not in ("dp", "cp"))
     )
     return Axis("dp_cp", len(members), members.index(rank), members)
 

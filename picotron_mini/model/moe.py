@@ -49,7 +49,7 @@ from picotron_mini.model.routing import (
     weigh_taken,
 )
 
-Dispatch = Callable[[Tensor, Tensor, Tensor, "Experts"], Tensor]
+Dispatch = Callable[[Tensor, Tensor, Tensor, "Experts", nn.Module | None], Tensor]
 
 
 def _same(x: Tensor) -> Tensor:
@@ -139,7 +139,10 @@ class Experts(nn.Module):
         return torch.cat(parts)
 
 
-def local_dispatch(x: Tensor, experts: Tensor, weights: Tensor, run: Experts) -> Tensor:
+def local_dispatch(
+    x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None = None,
+    routed: int | None = None,
+) -> Tensor:  # fmt: skip
     """Take the tokens to the experts of this device, and their outputs back.
 
     Args:
@@ -147,9 +150,11 @@ def local_dispatch(x: Tensor, experts: Tensor, weights: Tensor, run: Experts) ->
         experts: [N, K] int64; -1: none.
         weights: [N, K].
         run: all experts.
+        shared: the shared expert, which every token passes.
+        routed: how many of `experts` are not -1, where the caller knows; else a GPU would have to be asked.
 
     Returns:
-        [N, D], zeros for a token without an expert.
+        [N, D], zeros for a token without an expert, plus what the shared expert makes of it.
     """
     number, k = experts.shape
     key = experts.flatten()  # [N * K]
@@ -157,14 +162,15 @@ def local_dispatch(x: Tensor, experts: Tensor, weights: Tensor, run: Experts) ->
     order = torch.where(key < 0, len(run.gate), key).argsort(stable=True)
     counts = torch.zeros(len(run.gate) + 1, dtype=torch.int64, device=x.device)
     counts = counts.scatter_add_(0, torch.where(key < 0, len(run.gate), key), torch.ones_like(key))[:-1]
-    rows = x[:, None].expand(-1, k, -1).flatten(0, 1)[order]  # [N * K, D]
-    routed = int(counts.sum()) if bool((key < 0).any()) else number * k
-    out = run(rows[:routed], counts)  # [M, D]
+    if routed is None:
+        routed = int((key >= 0).sum())
+    out = run(x[order[:routed] // k], counts)  # [M, D]
     if routed < number * k:
         out = torch.cat([out, out.new_zeros(number * k - routed, out.shape[1])])
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     each = out[back].unflatten(0, (number, k))  # [N, K, D]
-    return (each * weights[..., None]).sum(1).to(x.dtype)
+    y = (each * weights[..., None]).sum(1).to(x.dtype)
+    return y if shared is None else y + shared(x)
 
 
 class MoE(nn.Module):
@@ -182,9 +188,8 @@ class MoE(nn.Module):
         """x [B, T, D] -> [B, T, D]."""
         pool = pool or Pool()
         routing = self.route(x, pool)
-        y = self.dispatch(x.flatten(0, 1), routing.experts, routing.weights, self.experts)  # [N, D]
-        if self.shared is not None:
-            y = y + self.shared(x).flatten(0, 1)
+        # the shared expert goes along: while rows travel there is time for it
+        y = self.dispatch(x.flatten(0, 1), routing.experts, routing.weights, self.experts, self.shared)  # [N, D]
         return pool.observe(self.layer, routing, y).view_as(x)
 
     def route(self, x: Tensor, pool: Pool) -> Routing:

@@ -35,12 +35,12 @@ Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows rec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..collectives import all_to_all_async
 from ..mesh import Axis
@@ -108,7 +108,7 @@ class ExpertDispatch:
         self.slot: Tensor | None = None
 
     def __call__(
-        self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: Callable[[Tensor], Tensor] | None
+        self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None
     ) -> Tensor:
         """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis must call it, with its own tokens."""
         slots = experts if self.slot is None else torch.where(experts < 0, -1, self.slot[experts])
