@@ -46,6 +46,11 @@ class MeshShape:
     def world_size(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
 
+    @property
+    def edp(self) -> int:
+        """How many ranks hold the same experts, where these are spread."""
+        return self.dp * self.cp // self.ep
+
     @classmethod
     def parse(cls, text: str) -> MeshShape:
         """Read `"dp=2,tp=2,pp=2"`; an axis that is not named has size 1, and `"1"` or `""` is one rank.

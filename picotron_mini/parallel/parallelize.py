@@ -1,7 +1,8 @@
 """Everything that is done to a model before it trains on many ranks, in the one order that works.
 
     1 pipeline   keep this stage's layers, so that the rest never takes memory
-    2 tensor     cut the weights of what is left
+    2 expert     keep this rank's experts, and send tokens to those of others
+      tensor     cut the weights of what is left
       context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
@@ -23,7 +24,7 @@ from ..config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from ..layout import Layout, Placement, Shard, split
 from ..memory.chunked_loss import chunked_loss
 from ..memory.recompute import recompute
-from ..mesh import Mesh, coordinates
+from ..mesh import Axis, Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
 from .actions import Route, route_of
@@ -31,7 +32,9 @@ from .balance import balance
 from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
+from .expert import expert_parallel, expert_shard, is_expert
 from .rows import alike
+from .several import SeveralBuckets, SeveralSharded, by_axis
 from .tensor import is_partial, sharded_dim, tensor_parallel
 from .zero import ShardedGradients
 from .zero3 import ShardedWeights, empty, head_with_loss
@@ -49,7 +52,7 @@ class Parallel:
     chunks: tuple[GPT, ...]  # this stage's runs of layers, one or (with virtual stages) more; this rank's slices
     parameters: dict[str, nn.Parameter]  # by global name
     masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters, or its rows
-    gradients: GradientBuckets | ShardedGradients | ShardedWeights
+    gradients: GradientBuckets | SeveralBuckets | ShardedGradients | SeveralSharded | ShardedWeights
     device: torch.device
 
     deferred: Deferred | None = None  # with which a schedule may put off the weight gradients of linear layers
@@ -125,8 +128,12 @@ def layout_of(run: RunConfig) -> Layout:
         shards: tuple[Shard, ...] = (
             (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
         )
-        if train.zero and mesh.dp > 1:
-            rows = shards[0].ranges[0][1] if dim == 0 and shards else shape[0]  # of the longest part
+        rows = shards[0].ranges[0][1] if dim == 0 and shards else shape[0]  # of the longest part
+        if mesh.ep > 1 and is_expert(name):
+            shards, sum_axes = (expert_shard(shape[0], mesh.ep), *shards), ("edp",)
+            if train.zero and mesh.edp > 1:
+                shards += (Shard("edp", 0, split(shape[0] // mesh.ep, mesh.edp)),)
+        elif train.zero and mesh.dp > 1:
             group = train.zero_group or mesh.dp
             shards += (Shard("dp", 0, split(rows, group) * (mesh.dp // group)),)
         if is_partial(name, train.sequence_parallel):
@@ -166,6 +173,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
+        expert_parallel(chunk, mesh["ep"])
         tensor_parallel(chunk, mesh["tp"], train.sequence_parallel)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
@@ -186,13 +194,13 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     for name, parameter in parameters.items():
         place = layout[name]
         whole = initial_weight(config, name, place.shape, train.seed, device)
-        masters[name] = whole[place.slices(index)].to(master_dtype, copy=True)
+        masters[name] = place.part(whole, index).to(master_dtype, copy=True)
         # 4 precision
         parameter.requires_grad_(not name.startswith(train.freeze))
         if train.zero == 3:
             parameter.data = empty(parameter, device, dtype)
         elif train.zero:
-            parameter.data = whole[place.without("dp").slices(index)].to(dtype, copy=True)
+            parameter.data = place.without("dp", "edp").part(whole, index).to(dtype, copy=True)
         else:
             parameter.data = masters[name] if dtype == master_dtype else masters[name].to(dtype)
         if dtype == master_dtype and not train.zero:
@@ -213,14 +221,19 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
 
     # 7 data
     if train.zero:
-        rows = {p: layout[name].shards[-1].ranges[0][1] for name, p in parameters.items()}
+        cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
+        rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
         sharded = _sharded(chunks, parameters, mesh, train, rows)
         for name, parameter in parameters.items():
             sharded.own(parameter).copy_(masters[name])
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
         return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, deferred)
-    buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
+    size = train.bucket_mb * 2**20
+    others = _experts(parameters, mesh)
+    groups = by_axis(parameters.values(), lambda p: others.get(p, mesh["dp_cp"]))
+    reducers = [(GradientBuckets(group, axis, size), group) for axis, group in groups.items()]
+    buckets = SeveralBuckets(reducers) if others else reducers[0][0]
     return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, deferred)
 
 
@@ -238,14 +251,31 @@ def _sharded(
     mesh: Mesh,
     train: TrainConfig,
     rows: dict[nn.Parameter, int],
-) -> ShardedGradients | ShardedWeights:
+) -> ShardedGradients | SeveralSharded | ShardedWeights:
     """Cut over dp what `zero` says. Rows: of dim 0, that each dp rank owns."""
     axis, across = mesh.halves("dp", train.zero_group or mesh.shape.dp)
     copies = [each for each in (across, mesh["cp"]) if each.size > 1]
+    others = _experts(parameters, mesh)
     if train.zero == 3:
         (model,) = chunks
         units = [model.embed, *model.layers.values(), model.norm, head_with_loss(model)]
-        return ShardedWeights([unit for unit in units if unit is not None], axis, rows=rows, copies=copies)
+        here = [unit for unit in units if unit is not None]
+        return ShardedWeights(here, axis, rows=rows, copies=copies, others=others)
     start = "last" if train.zero == 1 else "each"
     size = train.bucket_mb * 2**20
-    return ShardedGradients(alike(parameters.values()), axis, start=start, rows=rows, bucket_bytes=size, copies=copies)
+    groups = by_axis(parameters.values(), lambda p: others.get(p, axis))
+    sharded = [
+        (
+            ShardedGradients(
+                alike(group), over, start=start, rows=rows, bucket_bytes=size, copies=copies if over == axis else ()
+            ),
+            group,
+        )
+        for over, group in groups.items()
+    ]
+    return SeveralSharded(sharded) if others else sharded[0][0]
+
+
+def _experts(parameters: dict[str, nn.Parameter], mesh: Mesh) -> dict[nn.Parameter, Axis]:
+    """The parameters whose gradients are summed over other ranks than all else, and over which."""
+    return {p: mesh["edp"] for name, p in parameters.items() if mesh.shape.ep > 1 and is_expert(name)}

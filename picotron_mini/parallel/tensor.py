@@ -60,19 +60,26 @@ PLAN = {
 # Norms are held whole. Those that see only this rank's heads, and with sequence parallelism those that see only its
 # tokens, have partial gradients that must be summed.
 HEAD_NORMS = ("q_norm", "k_norm")
+# Experts are one tensor for each projection, expert first: the same cut as an MLP's, one dim further.
+EXPERTS = {"gate": 1, "up": 1, "down": 2}
+# A router is held whole. What it decides is weighed with the outputs of this rank's slices of the experts, so it too
+# sees a part of its gradient.
+ROUTER = ("router",)
 TOKEN_NORMS = ("attention_norm", "mlp_norm", "norm")
 TOKENS = 1  # the dim of the hidden states [B, T, D] that sequence parallelism cuts
 
 
 def sharded_dim(name: str) -> int | None:
     """Which dim of the parameter `name` is cut over tp, or None if it is held whole."""
-    module = name.split(".")[-2]
+    module, last = name.split(".")[-2:]
+    if module == "experts":
+        return EXPERTS[last]
     return next((dim for modules, dim in PLAN.items() if module in modules), None)
 
 
 def is_partial(name: str, sequence_parallel: bool = False) -> bool:
     """Whether each tp rank computes only a part of this whole parameter's gradient."""
-    return name.split(".")[-2] in (HEAD_NORMS + TOKEN_NORMS if sequence_parallel else HEAD_NORMS)
+    return name.split(".")[-2] in (ROUTER + HEAD_NORMS + (TOKEN_NORMS if sequence_parallel else ()))
 
 
 def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> None:
@@ -98,7 +105,7 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> 
             start, stop = split(weight.shape[dim], axis.size)[axis.index]
             module = model.get_submodule(name.rpartition(".")[0])
             part = weight.detach().narrow(dim, start, stop - start).clone()
-            module.weight = nn.Parameter(part, requires_grad=weight.requires_grad)
+            setattr(module, name.rpartition(".")[2], nn.Parameter(part, requires_grad=weight.requires_grad))
     for block in model.layers.values():
         for pair in (block.get_submodule("attention"), block.get_submodule("mlp")):
             pair.register_forward_pre_hook(lambda _, inputs: (enter(inputs[0]), *inputs[1:]))

@@ -44,6 +44,7 @@ from ..collectives import Work, all_gather_async
 from ..mesh import Axis
 from ..model.gpt import GPT
 from .rows import Cut, alike, cut
+from .several import SeveralSharded, by_axis
 from .uses import Use
 from .zero import ShardedGradients
 
@@ -59,7 +60,7 @@ def empty(like: Tensor, device: torch.device, dtype: torch.dtype | None = None) 
 class _Unit:
     """Parameters that come and go together, in one buffer for each dtype."""
 
-    buffers: list[tuple[list[Cut], Tensor]]  # the cuts, and this rank's row [C]
+    buffers: list[tuple[list[Cut], Tensor, Axis]]  # the cuts, this rank's row [C], and the ranks that have the others
     travelling: list[tuple[Tensor, Work]] = field(default_factory=list)  # what is on its way: [N, C] each
     here: bool = False
 
@@ -82,25 +83,32 @@ class ShardedWeights:
         modules: in the order in which the forward uses them; between them they have all parameters.
         rows: as `rows.cut` has it.
         copies: as `ShardedGradients` has it.
+        others: the axis of those parameters that are cut over another one, which need no `copies`.
 
     A parameter's value is taken over from the module, unless it has no storage (see `empty`); then fill `own`.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None,
-        copies: Sequence[Axis] = (),
+        copies: Sequence[Axis] = (), others: Mapping[nn.Parameter, Axis] | None = None,
     ) -> None:  # fmt: skip
-        self.axis = axis
+        others = others or {}
         self._own: dict[nn.Parameter, Tensor] = {}
         self.units: list[_Unit] = [_Unit([])] * len(modules)  # by place; the same twice where modules share a parameter
         for parameters, places in _sharing(modules):
-            unit = self._make(parameters, rows or {})
+            unit = self._make(parameters, rows or {}, lambda p: others.get(p, axis))
             for place in places:
                 self.units[place] = unit
-        self.gradients = ShardedGradients(
-            [[c.parameter for c in cuts] for unit in dict.fromkeys(self.units) for cuts, _ in unit.buffers], axis,
-            start="told", rows=rows, copies=copies,
-        )  # fmt: skip
+        groups: dict[Axis, list[list[nn.Parameter]]] = {}
+        for cuts, _, over in [buffer for unit in dict.fromkeys(self.units) for buffer in unit.buffers]:
+            groups.setdefault(over, []).append([each.parameter for each in cuts])
+        self.gradients = SeveralSharded(
+            (
+                ShardedGradients(each, over, start="told", rows=rows, copies=copies if over == axis else ()),
+                [parameter for group in each for parameter in group],
+            )
+            for over, each in groups.items()
+        )
         self.uses = [
             Use(
                 module,
@@ -112,18 +120,21 @@ class ShardedWeights:
             for place, module in enumerate(modules)
         ]
 
-    def _make(self, parameters: Sequence[nn.Parameter], rows: Mapping[nn.Parameter, int]) -> _Unit:
+    def _make(
+        self, parameters: Sequence[nn.Parameter], rows: Mapping[nn.Parameter, int],
+        axis_of: Callable[[nn.Parameter], Axis],
+    ) -> _Unit:  # fmt: skip
         unit = _Unit([], here=True)
-        for group in alike(parameters):
-            cuts, columns = cut(group, self.axis.size, rows)
+        for axis, group in [(a, g) for a, group in by_axis(parameters, axis_of).items() for g in alike(group)]:
+            cuts, columns = cut(group, axis.size, rows)
             row = group[0].new_zeros(columns).detach()
-            unit.buffers.append((cuts, row))
+            unit.buffers.append((cuts, row, axis))
             for each in cuts:
                 weight = each.parameter
-                self._own[weight] = each.own(row, self.axis.index)
+                self._own[weight] = each.own(row, axis.index)
                 if weight.untyped_storage().nbytes():
                     weight.data = weight.data.contiguous()
-                    self._own[weight].copy_(each.part(weight.data, self.axis.index))
+                    self._own[weight].copy_(each.part(weight.data, axis.index))
         self._free(unit)
         return unit
 
@@ -132,15 +143,15 @@ class ShardedWeights:
     def _fetch(self, unit: _Unit) -> None:
         """Let the weights of a unit set out, unless they are here or under way."""
         if not unit.here and not unit.travelling:
-            for _, row in unit.buffers:
-                table = row.new_empty(self.axis.size, len(row))
-                unit.travelling.append((table, all_gather_async(table, row, self.axis)))
+            for _, row, axis in unit.buffers:
+                table = row.new_empty(axis.size, len(row))
+                unit.travelling.append((table, all_gather_async(table, row, axis)))
 
     @torch.no_grad()
     def _need(self, unit: _Unit) -> None:
         """Have the weights of a unit here."""
         self._fetch(unit)
-        for (cuts, _), (table, work) in zip(unit.buffers, unit.travelling, strict=False):
+        for (cuts, _, _), (table, work) in zip(unit.buffers, unit.travelling, strict=False):
             work.wait()
             for each in cuts:
                 whole = each.parameter.data  # .data: autograd must not take the filling for a change of the value
@@ -151,7 +162,7 @@ class ShardedWeights:
 
     def _free(self, unit: _Unit) -> None:
         if unit.here:
-            for cuts, _ in unit.buffers:
+            for cuts, _, _ in unit.buffers:
                 for each in cuts:
                     each.parameter.untyped_storage().resize_(0)
         unit.here = False
@@ -173,7 +184,7 @@ class ShardedWeights:
         self._free(unit)
         places = [other for other, each in enumerate(self.units) if each is unit and self.uses[other].reached]
         if place == places[0]:  # the last of its uses in the backward
-            self.gradients.start_of(each.parameter for cuts, _ in unit.buffers for each in cuts)
+            self.gradients.start_of(each.parameter for cuts, _, _ in unit.buffers for each in cuts)
 
     # --- one step, as in `ShardedGradients` ---------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from ..parallel.partial import sum_partial_gradients
 from ..parallel.pipeline import Forward, run_forward, run_pipeline
 from ..parallel.receives import Receives, receives_in_one_order
 from ..parallel.schedules import find_schedule
+from ..parallel.several import SeveralBuckets
 from .optimizer import clip_factor
 
 
@@ -77,7 +78,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         dtype=parallel.dtype,
         device=parallel.device,
         before_last_backward=gradients.arm if at_once else None,
-        after_backward=None if isinstance(gradients, GradientBuckets) or not at_once else gradients.after_backward,
+        after_backward=None if isinstance(gradients, GradientBuckets | SeveralBuckets) or not at_once else gradients.after_backward,
         route=route,
         receives=receives,
         deferred=parallel.deferred,
@@ -161,7 +162,7 @@ def train_step(
 @torch.no_grad()
 def update_weights(parallel: Parallel) -> None:
     """Round the masters into the weights that compute uses, where those are narrower, or others'."""
-    if not isinstance(parallel.gradients, GradientBuckets):
+    if not isinstance(parallel.gradients, GradientBuckets | SeveralBuckets):
         parallel.gradients.publish({p: parallel.masters[n] for n, p in parallel.parameters.items()})
         return
     pairs = [(p, parallel.masters[n]) for n, p in parallel.parameters.items() if parallel.masters[n] is not p]
