@@ -70,7 +70,7 @@ class Ledger:
         return "ledger"
 
     def record(self, key: str, operation: str, payload: Tensor) -> None:
-        axis = key.split(":")[0].removesuffix(".backward")
+        axis = key.split(":")[0].split(".")[0]  # what stands behind a point is a further group of the same ranks
         for counter in self._open:
             counter[axis, operation] += payload.numel() * payload.element_size()
 

@@ -24,7 +24,7 @@ whole mesh.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -149,6 +149,20 @@ class Mesh:
             return expert_axis_of(self.shape, self.rank, name)
         base = axis_of(self.shape, self.rank, name.removesuffix(".backward"))
         return Axis(name, base.size, base.index, base.ranks)
+
+    def apart(self, name: str) -> Axis:
+        """The axis with a process group of its own, for small messages that must not queue behind large ones.
+
+        Makes the process groups that are missing, so every rank must call it. The ledger counts it as `name`.
+        """
+        axes = [Mesh(self.shape, rank)[name] for rank in range(self.shape.world_size)]
+        axes = [replace(axis, name=f"{axis.name}.apart") for axis in axes]
+        for axis in axes:
+            if axis.size > 1 and axis.index == 0 and axis.key not in GROUPS:
+                group = dist.new_group(list(axis.ranks))
+                assert group is not None
+                GROUPS[axis.key] = group
+        return axes[self.rank]
 
     def halves(self, name: str, size: int) -> tuple[Axis, Axis]:
         """Cut an axis into groups of `size` neighbours: the group of this rank, and the ranks at its place in each.

@@ -136,6 +136,9 @@ class Errors:
                         part = theirs[name][place.slices(index)]
                         error = _relative(mine[name], part, theirs[name])
                         self.note(quantity, error, f"{name}, {where}")
+            # a choice between experts is not continuous: with rounding, two that nearly tie change places
+            for name in want.routing if run.train.dtype == "float64" else ():
+                self.note("routing", _relative(got.routing[name], want.routing[name]), f"{name}, {where}")
 
 
 def _relative(got: Tensor, want: Tensor, whole: Tensor | None = None) -> float:

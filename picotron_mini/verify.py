@@ -94,7 +94,8 @@ def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callabl
                 gradients = {n: g.cpu().clone() for n, g in gradients_of(parallel).items()}
                 result = apply_gradients(parallel, optimizer, loss, tokens)
             weights = {n: m.detach().cpu().clone() for n, m in parallel.masters.items()}
-            snapshots.append(Snapshot(result.loss, result.grad_norm, gradients, weights))
+            routing = parallel.routers.noted(result.routing) if parallel.routers and result.routing else {}
+            snapshots.append(Snapshot(result.loss, result.grad_norm, gradients, weights, routing))
         out.append((snapshots, dict(sent)))
     return out
 

@@ -29,37 +29,56 @@ def _head_dim(config: ModelConfig) -> int:
     return config.head_dim or config.hidden_size // config.num_heads
 
 
-def layer_matrix_parameters(config: ModelConfig) -> int:
-    """Weights of one layer that are multiplied with: q, o [D, H Dh], k, v [D, Hkv Dh], gate, up, down [D, F]."""
+def mlp_parameters(config: ModelConfig, layer: int = 0, active: bool = False) -> int:
+    """Weights of one layer's MLP, 3 D F; of a mixture of experts E D of the router, 3 D I an expert and the shared one.
+
+    Args:
+        active: only those that a token is multiplied with: K experts of E.
+    """
+    if (moe := config.moe) is None or layer not in config.moe_layers:
+        return 3 * config.hidden_size * config.intermediate_size
+    experts = moe.top_k if active else moe.num_experts
+    return config.hidden_size * (moe.num_experts + 3 * (experts * moe.expert_size + moe.shared_size))
+
+
+def layer_matrix_parameters(config: ModelConfig, layer: int = 0, active: bool = False) -> int:
+    """Weights of one layer that are multiplied with: q, o [D, H Dh], k, v [D, Hkv Dh], and `mlp_parameters`."""
     attention = 2 * (config.num_heads + config.num_kv_heads) * _head_dim(config)
-    return config.hidden_size * (attention + 3 * config.intermediate_size)
+    return config.hidden_size * attention + mlp_parameters(config, layer, active)
 
 
-def layer_parameters(config: ModelConfig) -> int:
+def layer_parameters(config: ModelConfig, layer: int = 0, active: bool = False) -> int:
     """All parameters of one layer: its matrices, two norms [D], and with `qk_norm` two more [Dh]."""
     norms = 2 * config.hidden_size + (2 * _head_dim(config) if config.qk_norm else 0)
-    return layer_matrix_parameters(config) + norms
+    return layer_matrix_parameters(config, layer, active) + norms
 
 
-def parameters(config: ModelConfig) -> int:
-    """All parameters of the model; a tied head and embedding are counted once."""
+def parameters(config: ModelConfig, active: bool = False) -> int:
+    """All parameters of the model; a tied head and embedding are counted once.
+
+    Args:
+        active: of each mixture only the experts that one token passes.
+    """
     table = config.vocab_size * config.hidden_size
     tables = table if config.tie_embeddings else 2 * table
-    return tables + config.num_layers * layer_parameters(config) + config.hidden_size
+    layers = sum(layer_parameters(config, layer, active) for layer in range(config.num_layers))
+    return tables + layers + config.hidden_size
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Forward and backward of one token, 6 N + 12 L (H Dh) T: the number that an MFU is computed from.
 
-    N is `parameters`, embeddings included. Causal masking is not credited. H Dh is the width unless head_dim is set.
+    N is `parameters`, embeddings included, and of experts the active ones. Causal masking is not credited. H Dh is the
+    width unless head_dim is set.
     """
     attention = 12 * config.num_layers * config.num_heads * _head_dim(config) * seq_len
-    return 6 * parameters(config) + attention
+    return 6 * parameters(config, active=True) + attention
 
 
-def layer_flops(config: ModelConfig, seq_len: int) -> int:
+def layer_flops(config: ModelConfig, seq_len: int, layer: int = 0) -> int:
     """Forward of one layer for one token: 2 flops a weight, and 4 T H Dh of attention, not halved for the mask."""
-    return 2 * layer_matrix_parameters(config) + 4 * config.num_heads * _head_dim(config) * seq_len
+    attention = 4 * config.num_heads * _head_dim(config) * seq_len
+    return 2 * layer_matrix_parameters(config, layer, active=True) + attention
 
 
 def head_flops(config: ModelConfig) -> int:

@@ -301,6 +301,11 @@ def global_name(config: ModelConfig, name: str) -> str:
     return "embed.weight" if config.tie_embeddings and name == "head.weight" else name
 
 
+def router_bias_name(layer: int) -> str:
+    """The global name of the bias that balances a layer's experts: a buffer, which no gradient moves."""
+    return f"layers.{layer}.mlp.router.bias"
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Global name -> global shape of every parameter, in model order; a tied head is not listed."""
     _check(config)

@@ -66,7 +66,7 @@ class Pool:
 
     Attributes:
         index: [B, T] int64, the number of each token in the global batch of the step; None: no jitter.
-        key: of the jitter: another one in each step.
+        seed, step: of the jitter: another one in each step.
         whole: [B, t, ...] of the tokens here -> [B, T, ...] of whole sequences, by position.
         part: [B, T, ...] -> [B, t, ...], its inverse.
         limit: whether the experts' capacity counts. Not while text is written token by token.
@@ -74,7 +74,8 @@ class Pool:
     """
 
     index: Tensor | None = None
-    key: int = 0
+    seed: int = 0
+    step: int = 0
     whole: Callable[[Tensor], Tensor] = _same
     part: Callable[[Tensor], Tensor] = _same
     limit: bool = True
@@ -198,7 +199,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)  # [N, D]
         if config.jitter and pool.index is not None:
             wide = flat.to(torch.promote_types(x.dtype, torch.float32))
-            key = (pool.key << 16) + self.layer
+            key = ((pool.seed << 32) + pool.step << 16) + self.layer
             flat = wide * noise(config.jitter, key, pool.index.flatten(), width, wide.dtype)
         logits = self.router(flat)  # [N, E]
         scores = score(config, logits)

@@ -33,6 +33,7 @@ from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
 from .expert import expert_parallel, expert_shard, is_expert
+from .routers import Routers
 from .rows import alike
 from .several import SeveralBuckets, SeveralSharded, by_axis
 from .tensor import is_partial, sharded_dim, tensor_parallel
@@ -54,7 +55,7 @@ class Parallel:
     masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters, or its rows
     gradients: GradientBuckets | SeveralBuckets | ShardedGradients | SeveralSharded | ShardedWeights
     device: torch.device
-
+    routers: Routers | None = None  # of a mixture of experts
     deferred: Deferred | None = None  # with which a schedule may put off the weight gradients of linear layers
 
     @property
@@ -98,7 +99,7 @@ class Parallel:
 
 def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     """Which layers each (virtual) pipeline stage holds, balanced by forward flops, the head's included."""
-    costs = [layer_flops(model, seq_len)] * model.num_layers
+    costs = [layer_flops(model, seq_len, layer) for layer in range(model.num_layers)]
     return balance(costs, stages, last_extra=head_flops(model))
 
 
@@ -206,10 +207,14 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         if dtype == master_dtype and not train.zero:
             masters[name] = parameter
 
+    routers = None if config.moe is None else Routers(run, mesh, chunks, device)
+
     # 5 compile
     if train.compile:
-        for block in [block for chunk in chunks for block in chunk.layers.values()]:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+        for number, block in [item for chunk in chunks for item in chunk.layers.items()]:
+            # how many rows an expert gets is known when it runs, so of such layers only the attention is compiled
+            part = block.get_submodule("attention") if int(number) in config.moe_layers else block
+            part.forward = torch.compile(part.forward, fullgraph=True)
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
@@ -228,13 +233,13 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             sharded.own(parameter).copy_(masters[name])
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
-        return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, deferred)
+        return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, routers, deferred)
     size = train.bucket_mb * 2**20
     others = _experts(parameters, mesh)
     groups = by_axis(parameters.values(), lambda p: others.get(p, mesh["dp_cp"]))
     reducers = [(GradientBuckets(group, axis, size), group) for axis, group in groups.items()]
     buckets = SeveralBuckets(reducers) if others else reducers[0][0]
-    return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, deferred)
+    return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, routers, deferred)
 
 
 def _tie(chunks: list[GPT]) -> None:

@@ -57,29 +57,27 @@ PLAN = {
     ("embed", "head", "q", "k", "v", "gate", "up"): 0,  # outputs: a Linear's weight is [out, in]
     ("o", "down"): 1,  # inputs
 }
+EXPERTS = {"gate": 1, "up": 1, "down": 2}  # tensors of `experts`, [E, out, in]: each expert is cut as an MLP is
 # Norms are held whole. Those that see only this rank's heads, and with sequence parallelism those that see only its
 # tokens, have partial gradients that must be summed.
 HEAD_NORMS = ("q_norm", "k_norm")
-# Experts are one tensor for each projection, expert first: the same cut as an MLP's, one dim further.
-EXPERTS = {"gate": 1, "up": 1, "down": 2}
-# A router is held whole. What it decides is weighed with the outputs of this rank's slices of the experts, so it too
-# sees a part of its gradient.
-ROUTER = ("router",)
+ROUTERS = ("router",)  # held whole, and judged by the rank's part of every expert's output
 TOKEN_NORMS = ("attention_norm", "mlp_norm", "norm")
 TOKENS = 1  # the dim of the hidden states [B, T, D] that sequence parallelism cuts
 
 
 def sharded_dim(name: str) -> int | None:
     """Which dim of the parameter `name` is cut over tp, or None if it is held whole."""
-    module, last = name.split(".")[-2:]
+    module, weight = name.split(".")[-2:]
     if module == "experts":
-        return EXPERTS[last]
+        return EXPERTS[weight]
     return next((dim for modules, dim in PLAN.items() if module in modules), None)
 
 
 def is_partial(name: str, sequence_parallel: bool = False) -> bool:
     """Whether each tp rank computes only a part of this whole parameter's gradient."""
-    return name.split(".")[-2] in (ROUTER + HEAD_NORMS + (TOKEN_NORMS if sequence_parallel else ()))
+    partial = HEAD_NORMS + ROUTERS + (TOKEN_NORMS if sequence_parallel else ())
+    return name.split(".")[-2] in partial
 
 
 def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> None:
@@ -87,7 +85,7 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> 
 
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
-        axis: its size must divide heads, key-value heads and the MLP's inner width (`config.layout_problems`).
+        axis: its size must divide heads, key-value heads and the inner widths (`config.layout_problems`).
         sequence_parallel: hidden states between the layers are [B, T/tp, D]; tp must divide T.
     """
     if axis.size == 1:
@@ -103,9 +101,9 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> 
         dim = sharded_dim(name)
         if dim is not None:
             start, stop = split(weight.shape[dim], axis.size)[axis.index]
-            module = model.get_submodule(name.rpartition(".")[0])
+            module, _, own_name = name.rpartition(".")
             part = weight.detach().narrow(dim, start, stop - start).clone()
-            setattr(module, name.rpartition(".")[2], nn.Parameter(part, requires_grad=weight.requires_grad))
+            setattr(model.get_submodule(module), own_name, nn.Parameter(part, requires_grad=weight.requires_grad))
     for block in model.layers.values():
         for pair in (block.get_submodule("attention"), block.get_submodule("mlp")):
             pair.register_forward_pre_hook(lambda _, inputs: (enter(inputs[0]), *inputs[1:]))

@@ -30,9 +30,16 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
             all_to_all    2 m B T (2 H + 2 Hkv) Dh itemsize a layer    ulysses: into heads and back, forward, backward
             all_gather    8 m B T a layer                       ulysses: documents where masked
     world   all_reduce    24                                    loss, squared norm, stop
+            all_reduce    8 L (E + 5)                           experts: rows, drops and losses of L layers
+    dp      all_reduce    8 m E a layer with experts            auxiliary loss: rows of each; the axis as for gradients
+    cp      all_reduce    8 m B E a layer with experts          in place of it, where each sequence is balanced
+            all_gather    8 m B T K a layer with experts        capacity: what each token chose, as int64
+            all_gather    m B T E w a layer with experts        expert choice: the scores
+    tp      all_reduce    E D g a layer with experts            the router's gradient
 
 T is a rank's share of the sequence, T / cp; kv = 2 B T Hkv Dh, where H, Hkv are a rank's share of the heads, / tp. With
-`recompute=full` each layer in which or below which something is trained runs its exchanges of the forward again.
+`recompute=full` each layer in which or below which something is trained runs its exchanges of the forward again, but
+for the auxiliary loss; with `recompute=selective` its experts gather again.
 
 A backward exchange happens only if a gradient flows there: below the first trained parameter none does.
 """
@@ -47,6 +54,9 @@ from ..layout import Layout, Placement
 from .actions import route_of
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
+# the first parameter of what is one tensor-parallel pair, and the last of its products
+ENTRIES = ("attention.q.weight", "mlp.gate.weight", "mlp.router.weight")
+EXITS = ("attention.o.weight", "mlp.down.weight", "mlp.experts.down")
 Traffic = Counter[tuple[str, str]]  # (axis, operation) -> bytes
 
 
@@ -75,7 +85,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     elif mesh.dp * mesh.cp > 1:
         out[data, "all_reduce"] += wide * (sum(trained.values()) + len(trained))
     if mesh.tp > 1:
-        pairs = sum(name.endswith(("attention.o.weight", "mlp.down.weight")) for name in mine)
+        pairs = sum(name.endswith(EXITS) for name in mine)
         entries, exits = _with_gradient(list(mine), set(trained), first, last)
         again = 2 * _recomputed(list(mine), set(trained), first) if train.recompute == "full" else 0
         if train.sequence_parallel:
@@ -94,7 +104,35 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
         out["pp", "send"] += wide * sum(n for name, n in trained.items() if "pp" in mine[name].sum_axes)
     if mesh.world_size > 1:
         out["world", "all_reduce"] += 24
+    if run.model.moe is not None:
+        out += _routers(run, list(mine), set(trained), tokens, flows=not first)
     return +out  # without zeros
+
+
+def _routers(run: RunConfig, names: list[str], trained: set[str], tokens: int, flows: bool) -> Traffic:
+    """What routers tell each other; the arguments are those of `_context`."""
+    moe, mesh, train = run.model.moe, run.mesh, run.train
+    assert moe is not None
+    out: Traffic = Counter()
+    for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
+        flows = flows or int(layer) in _later_chunks(names) or "embed.weight" in trained
+        flows = flows or any(name.startswith(f"layers.{layer}.") for name in trained)
+        if int(layer) not in run.model.moe_layers:
+            continue
+        if moe.balance == "aux" and moe.aux_weight > 0 and moe.aux_scope == "global" and mesh.dp * mesh.cp > 1:
+            out["dp" if mesh.cp == 1 else "dp_cp", "all_reduce"] += train.micro_batches * 8 * moe.num_experts
+        elif moe.balance == "aux" and moe.aux_weight > 0 and mesh.cp > 1:
+            pools = train.micro_batch_size
+            out["cp", "all_reduce"] += train.micro_batches * 8 * pools * moe.num_experts
+        forwards = 1 + (flows and train.recompute != "none")
+        if mesh.cp > 1 and moe.choice == "expert":
+            wide = max(ITEMSIZE[train.dtype], 4)
+            out["cp", "all_gather"] += train.micro_batches * tokens * moe.num_experts * wide * forwards
+        elif mesh.cp > 1 and moe.capacity is not None:
+            out["cp", "all_gather"] += train.micro_batches * tokens * moe.top_k * 8 * forwards
+    if mesh.world_size > 1:
+        out["world", "all_reduce"] += 8 * len(run.model.moe_layers) * (moe.num_experts + 5)
+    return out
 
 
 def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], index: Mapping[str, int]) -> Traffic:
@@ -142,9 +180,11 @@ def _context(run: RunConfig, names: list[str], trained: set[str], tokens: int, f
     out: Traffic = Counter()
     for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
         own = [name for name in trained if name.startswith(f"layers.{layer}.")]
-        above = ("attention.o.weight", "mlp_norm.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
         flows = flows or int(layer) in _later_chunks(names)
-        reached = flows or "embed.weight" in trained or any(not name.endswith(above) for name in own)
+        below = [
+            name for name in own if not (name.endswith(("attention.o.weight", "mlp_norm.weight")) or ".mlp." in name)
+        ]
+        reached = flows or "embed.weight" in trained or bool(below)
         flows = reached or bool(own)
         forwards = 1 + (flows and train.recompute == "full")
         if train.context == "ring":
@@ -177,7 +217,7 @@ def _with_gradient(names: list[str], trained: set[str], first: bool, last: bool)
     entries, exits = 0, int(first and "embed.weight" in trained)
     for name in names:
         flows = flows or _layer(name) in _later_chunks(names)
-        if name.endswith(("attention.q.weight", "mlp.gate.weight")):
+        if name.endswith(ENTRIES):
             pair = name.rsplit(".", 2)[0] + "."
             entries += flows
             exits += flows or any(other.startswith(pair) for other in trained)

@@ -4,7 +4,8 @@
     -> global norm -> clip -> optimizer -> round masters into weights
 
 Gradient accumulation is the pipeline's schedule with one stage. Two small exchanges go with each step: the number of
-targets over dp and cp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after.
+targets over dp and cp (8 bytes) before, and three float64 over all ranks (loss, squared norm, "please stop") after,
+with what a mixture of experts has counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from ..collectives import all_reduce
 from ..data.loader import Batch
+from ..model.balancing import RoutingStats
 from ..model.gpt import GPT, IGNORE
+from ..model.moe import Pool
 from ..parallel.actions import Route
 from ..parallel.chunks import context_slice
 from ..parallel.data import GradientBuckets
@@ -42,6 +45,7 @@ class StepResult:
     grad_norm: float  # of the global gradient, before clipping
     tokens: int  # target tokens of the global batch
     stop: bool  # some rank was asked to stop
+    routing: RoutingStats | None = None  # of a mixture of experts; its auxiliary losses are not in `loss`
 
 
 def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
@@ -63,6 +67,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     if route.chunks > 1:
         receives = _receives(train.schedule, route, len(micro_batches))[pp.index]
     gradients = parallel.gradients
+    pools = None if parallel.routers is None else parallel.routers.pools(True, len(micro_batches))
     gradients.reset()
     at_once = route.chunks == 1 and not split  # every gradient is final in the last backward
     if not at_once:
@@ -71,7 +76,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         gradients.arm({parameter: n * rounds for parameter, n in each.items()})
     loss = run_pipeline(
         schedule(pp.index, pp.size, len(micro_batches)),
-        forward=_stage(parallel, micro_batches, tokens),
+        forward=_stage(parallel, micro_batches, tokens, pools),
         axis=pp,
         gradient_axis=mesh["pp.backward"],
         shape=parallel.border_shape,
@@ -88,7 +93,9 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     return loss, tokens
 
 
-def _stage(parallel: Parallel, batches: Sequence[Batch], tokens: Tensor | int) -> Forward | list[Forward]:
+def _stage(
+    parallel: Parallel, batches: Sequence[Batch], tokens: Tensor | int, pools: Sequence[Pool] | None
+) -> Forward | list[Forward]:
     """What the pipeline's executor calls for a micro-batch: one function, or one for each chunk of this stage."""
     with_documents = parallel.run.train.document_mask
 
@@ -96,7 +103,8 @@ def _stage(parallel: Parallel, batches: Sequence[Batch], tokens: Tensor | int) -
         def forward(m: int, hidden: Tensor | None) -> Tensor:
             batch = batches[m]
             documents = batch.documents if with_documents else None
-            out = chunk(batch.tokens if hidden is None else hidden, batch.positions, documents)
+            pool = None if pools is None else pools[m]
+            out = chunk(batch.tokens if hidden is None else hidden, batch.positions, documents, pool=pool)
             return out if chunk.head is None else chunk.loss(out, batch.targets) / tokens
 
         return forward
@@ -134,7 +142,10 @@ def apply_gradients(
     gradients = gradients_of(parallel)
     mine = loss.double() if mesh["tp"].index == 0 else torch.zeros_like(loss, dtype=torch.float64)
     asked = torch.full_like(mine, float(stop))
-    sums = all_reduce(torch.stack([mine, squared_norm(parallel, gradients), asked]), mesh["world"])
+    parts = [torch.stack([mine, squared_norm(parallel, gradients), asked])]
+    if parallel.routers is not None:
+        parts.append(parallel.routers.numbers())
+    sums = all_reduce(torch.cat(parts), mesh["world"])
     if train.clip_norm and gradients:
         held = list(gradients.values())
         torch._foreach_mul_(held, clip_factor(sums[1].sqrt(), train.clip_norm).to(held[0].dtype))
@@ -142,8 +153,10 @@ def apply_gradients(
         master.grad = gradients.get(name)
     optimizer.step()
     update_weights(parallel)
-    total_loss, squared, asked_sum = sums.tolist()  # the one point where the host waits for the GPU
-    return StepResult(total_loss, math.sqrt(squared), int(tokens), asked_sum > 0)
+    sums = sums.cpu()  # the one point where the host waits for the GPU
+    routing = None if parallel.routers is None else parallel.routers.finish(sums[3:])
+    total_loss, squared, asked_sum = sums[:3].tolist()
+    return StepResult(total_loss, math.sqrt(squared), int(tokens), asked_sum > 0, routing)
 
 
 def train_step(
@@ -178,10 +191,11 @@ def evaluate(parallel: Parallel, batches: Sequence[Batch], stop: bool = False) -
         stop: this rank was asked to stop; the third value says whether any was.
     """
     mesh, route = parallel.mesh, parallel.route
+    pools = None if parallel.routers is None else parallel.routers.pools(False, len(batches))
     batches = [context_slice(batch, mesh["cp"], parallel.run.train.context) for batch in batches]
     loss = run_forward(
         len(batches),
-        forward=_stage(parallel, batches, 1),
+        forward=_stage(parallel, batches, 1, pools),
         axis=mesh["pp"],
         gradient_axis=mesh["pp.backward"],
         route=route,
