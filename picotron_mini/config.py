@@ -338,6 +338,30 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
     return found
 
 
+def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """What keeps experts from being spread over ep ranks, in words; empty when nothing does."""
+    if mesh.ep == 1:
+        return []
+    if model.moe is None:
+        return [f"ep={mesh.ep} spreads experts, and this model has none; use ep=1, or give it experts (model.moe)"]
+    found, ranks, number = [], mesh.dp * mesh.cp, model.moe.num_experts
+    if ranks % mesh.ep:
+        fits = [d for d in _divisors(ranks) if number % d == 0]
+        found.append(
+            f"ep={mesh.ep} does not divide dp*cp={ranks}, and experts are spread over those ranks; "
+            f"ep could be {_nearest(mesh.ep, fits)}"
+        )
+    if number % mesh.ep:
+        fits = [d for d in _divisors(number) if ranks % d == 0]
+        found.append(
+            f"ep={mesh.ep} does not divide num_experts={number}; ep could be {_nearest(mesh.ep, fits)}, or "
+            f"num_experts={_nearest(number, [number - number % mesh.ep or mesh.ep, number + -number % mesh.ep])}"
+        )
+    if train.zero_group:
+        found.append(f"zero_group={train.zero_group} cuts dp in groups, and ep={mesh.ep} cuts it anew; use zero_group=0")
+    return found
+
+
 def context_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """Whether the sequence, and for ulysses the heads, can be shared by cp ranks, in words; empty when they can.
 
@@ -441,7 +465,7 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     if run.layout == "auto":
         run = replace(run, layout=f"dp={max(gpus, 1)}" if device == "cuda" else "dp=2,tp=2")
     mesh, model, train = run.mesh, run.model, replace(run.train, device=device)
-    found = layout_problems(model, mesh) + context_problems(model, mesh, train)
+    found = layout_problems(model, mesh) + context_problems(model, mesh, train) + expert_problems(model, mesh, train)
     train, batch_problems = _batch(train, mesh.dp)
     found += batch_problems
     if not found:

@@ -84,6 +84,11 @@ class Placement:
         lengths[shard.dim] = shard.ranges[0][1] - shard.ranges[0][0]
         return prod(lengths)
 
+    def rows_size(self, index: Mapping[str, int]) -> int:
+        """Elements of it in a buffer in which each rank has the rows that it owns (ZeRO): `padded_size`, if it is cut."""
+        axis = self.shards[-1].axis if self.shards else ""
+        return self.padded_size(axis, index) if axis in ("dp", "edp") else self.local_size(index)
+
     def counts(self, index: Mapping[str, int]) -> bool:
         """Whether this rank is the one, of those with the same copy, that a sum over all ranks should count."""
         sharded = {shard.axis for shard in self.shards}

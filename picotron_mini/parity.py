@@ -133,7 +133,7 @@ class Errors:
                     self.note(quantity, float("inf"), f"{where}: present on one side only: {', '.join(odd)}")
                 for name, place in held.items():
                     if name in mine and name in theirs:
-                        part = theirs[name][place.slices(index)]
+                        part = place.part(theirs[name], index)
                         error = _relative(mine[name], part, theirs[name])
                         self.note(quantity, error, f"{name}, {where}")
             # a choice between experts is not continuous: with rounding, two that nearly tie change places

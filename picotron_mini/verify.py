@@ -24,18 +24,22 @@ from typing import Any
 import torch
 
 from .collectives import ledger
-from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, resolve
+from .config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, resolve
 from .data.loader import Batch, data_rows
 from .launch import launch, under_torchrun
+from .layout import Layout
 from .mesh import Mesh, coordinates
 from .model.gpt import IGNORE
+from .moe.dispatch import recording
+from .parallel.expert_traffic import Choices, Rows, rows_of_step
 from .parallel.parallelize import check_frozen, layout_of, parallelize
-from .parallel.traffic import predict_step
+from .parallel.traffic import Traffic, predict_step
 from .parity import Difference, Errors, Report, named
 from .reference import Snapshot, reference
 from .training.optimizer import make_optimizer
 from .training.step import apply_gradients, compute_gradients, gradients_of
 
+Decided = Sequence[tuple[int, Choices]]  # what `moe.dispatch.recording` has noted, as lists
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -43,6 +47,8 @@ OPTIMIZERS = ("sgd", "adamw")
 MODEL = ModelConfig(
     vocab_size=101, hidden_size=32, intermediate_size=48, num_layers=9, num_heads=16, num_kv_heads=8, head_dim=4
 )
+# What a layout with ep gets in place of the MLPs: experts that divide by 2 and 4, one dense layer, a shared expert.
+EXPERTS = MoEConfig(num_experts=8, top_k=3, expert_size=16, shared_size=8, dense_layers=1, z_weight=0.001)
 TRAIN = TrainConfig(
     steps=3, seq_len=12, micro_batch_size=2, micro_batches=3, lr=0.01, lr_schedule="constant", warmup_steps=0,
     clip_norm=0.5, bucket_mb=0.01, dtype="float64", device="cpu",
@@ -67,7 +73,7 @@ def make_batches(run: RunConfig) -> list[Batch]:
 
 
 def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callable[[], Any] | None) -> list[Any]:
-    """What one rank computes for each run: its snapshots, and the bytes of its last step."""
+    """What one rank computes for each run: its snapshots; of its last step the bytes, and what its routers decided."""
     if patch is not None:
         patch()
     mesh = Mesh.build(runs[0].mesh)
@@ -89,14 +95,14 @@ def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callabl
                 )
                 for k in range(train.micro_batches)
             ]
-            with ledger.recording() as sent:
+            with ledger.recording() as sent, recording() as decided:
                 loss, tokens = compute_gradients(parallel, mine)
                 gradients = {n: g.cpu().clone() for n, g in gradients_of(parallel).items()}
                 result = apply_gradients(parallel, optimizer, loss, tokens)
             weights = {n: m.detach().cpu().clone() for n, m in parallel.masters.items()}
             routing = parallel.routers.noted(result.routing) if parallel.routers and result.routing else {}
             snapshots.append(Snapshot(result.loss, result.grad_norm, gradients, weights, routing))
-        out.append((snapshots, dict(sent)))
+        out.append((snapshots, dict(sent), [(layer, slots.tolist()) for layer, slots in decided]))
     return out
 
 
@@ -116,7 +122,7 @@ def verify(
     """Train on `layout` and on one device, and compare.
 
     Args:
-        layout: as "dp=2,tp=2,pp=2".
+        layout: as "dp=2,tp=2,pp=2". One with ep gives a dense model experts (`EXPERTS`): it needs some.
         model, train: the defaults are small and awkward on purpose.
         optimizers: which to try.
         patch: called in each rank before anything else; a mutant of the library, for testing this function.
@@ -128,6 +134,8 @@ def verify(
     """
     if under_torchrun():
         raise ConfigError("verify compares what all ranks return, so it starts them itself; run it without torchrun")
+    if MeshShape.parse(layout).ep > 1 and model.moe is None:
+        model = replace(model, moe=EXPERTS)
     runs = [
         resolve(RunConfig(layout=layout, model=model, train=replace(train, optimizer=o, batch_size=0)), gpus=gpus)  # type: ignore[arg-type]
         for o in optimizers
@@ -136,7 +144,6 @@ def verify(
     device = run.train.device  # resolved: "auto" is one of the two by now
     whole = layout_of(run)
     check_frozen(run.model, run.train.freeze)
-    predicted = [predict_step(run, whole, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
     batches = make_batches(run)
     per_rank = launch(_on_rank, runs, batches, patch, world_size=run.mesh.world_size, device=device, output="hide")
 
@@ -163,18 +170,26 @@ def verify(
         luck = 0.0 if quantity in ("gradients", "weights") else torch.finfo(getattr(torch, run.train.dtype)).eps
         return max(2 * noise.worst[quantity][0], luck)
 
+    predicted = [_predicted(each, whole, [results[n][2] for results in per_rank]) for n, each in enumerate(runs)]
     report = Report(
         layout=str(run.mesh),
         differences=[Difference(q, e, where, tolerance(q)) for q, (e, where) in errors.worst.items()],
-        bytes_predicted=named(predicted[0]),
-        bytes_counted=named(per_rank[0][0][1]),
+        bytes_predicted=named(predicted[-1][0]),
+        bytes_counted=named(per_rank[0][-1][1]),
     )
     report.first_divergence = next((w for q, e, w in errors.seen if not e <= tolerance(q)), None)
     for rank, results in enumerate(per_rank):
-        for _, counted in results:
-            if dict(predicted[rank]) != counted:
-                report.bytes_problems.append(
-                    f"rank {rank}: predicted {named(predicted[rank])}, counted {named(counted)}"
-                )
+        for number, (_, counted, _) in enumerate(results):
+            mine = predicted[number][rank]
+            if dict(mine) != counted:
+                report.bytes_problems.append(f"rank {rank}: predicted {named(mine)}, counted {named(counted)}")
                 break
     return report
+
+
+def _predicted(run: RunConfig, layout: Layout, decided: Sequence[Decided]) -> list[Traffic]:
+    """The bytes of each rank in a step in which its routers decided so."""
+    rows: Sequence[Rows | None] = [None] * len(decided)
+    if run.model.moe is not None and run.mesh.ep > 1:
+        rows = rows_of_step(decided, run.mesh, run.model.moe, run.train.micro_batches)
+    return [predict_step(run, layout, coordinates(run.mesh, rank), each) for rank, each in enumerate(rows)]

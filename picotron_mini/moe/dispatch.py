@@ -27,7 +27,7 @@ The only thing for which the host waits is the numbers of rows, which it must kn
 
 Cost in payload, with S rows sent, R received, w bytes a number of x and g = max(w, 4) of a weight:
     forward    S (D w + 2 K g) there, R D w back;      backward    S D w there, R (D w + 2 K g) back
-    control    8 parts (ep + E) forward
+    control    16 ep parts forward, counted apart
 
 Papers: GShard (arXiv 2006.16668), Tutel (arXiv 2206.03382); once for each rank: DeepSeek-V3 (arXiv 2412.19437).
 Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows received, M rows for experts.

@@ -9,6 +9,8 @@ gradient element, N = dp (or zero_group); E/N stands for the rows that the rank 
     zero 2       w E         g (C + P)                    4 E/N               2 g E/N
     zero 3       w C         g (C + P)                    4 E/N               2 g E/N
 
+Experts that are spread over ep have their rows cut over edp in place of dp, which is then their N.
+
 Gradients and state are of trained parameters only, P of them. AdamW also has a step counter of 4 bytes for each.
 Above this comes what a step makes and drops: activations, buckets under way, and in zero 3 the weights of two units.
 
@@ -52,12 +54,15 @@ def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footp
     mine = {name: place for name, place in layout.items() if place.holds(index)}
     trained = {name: place for name, place in mine.items() if not name.startswith(train.freeze)}
     owned = {name: place.local_size(index) for name, place in mine.items()}
-    whole = sum(place.without("dp").local_size(index) for place in mine.values())
+    whole = sum(place.without("dp", "edp").local_size(index) for place in mine.values())
     state = sum(owned[name] for name in trained)
     if train.zero:
-        columns = {name: place.padded_size("dp", index) for name, place in mine.items()}
-        part = sum(columns[name] for name in trained) + len(trained)
-        gradients = wide * part * (1 + (train.zero_group or run.mesh.dp) if train.zero == 1 else 1)
+        columns = {name: place.rows_size(index) for name, place in mine.items()}
+        spread = [name for name, place in trained.items() if any(shard.axis == "ep" for shard in place.shards)]
+        experts = sum(columns[name] for name in spread) + len(spread)
+        rest = sum(columns[name] for name in trained) + len(trained) - experts
+        whole_too = (train.zero_group or run.mesh.dp, run.mesh.edp) if train.zero == 1 else (0, 0)
+        gradients = wide * (rest * (1 + whole_too[0]) + experts * (1 + whole_too[1]))
         weights = itemsize * (sum(columns.values()) if train.zero == 3 else whole)
     else:
         gradients, weights = wide * (state + len(trained)), itemsize * whole

@@ -26,6 +26,7 @@ def gather(
     Returns:
         The global tensor on rank 0, None elsewhere.
     """
+    order = placement.order
     index, home, whole = coordinates(mesh.shape, mesh.rank), placement.stages[0], None
     if index["pp"] == home and local is not None:
         whole = local.detach()
@@ -35,6 +36,8 @@ def gather(
             pad = whole.new_zeros([missing if d == shard.dim else n for d, n in enumerate(whole.shape)])
             whole = all_gather(torch.cat([whole, pad], shard.dim), mesh[shard.axis], shard.dim)
             whole = whole.narrow(shard.dim, 0, placement.local_shape(index)[shard.dim])  # copies come later
+        if order:
+            whole = whole[torch.tensor(order, device=device).argsort()]
     if home != 0 and index["dp"] == index["cp"] == index["tp"] == 0:
         if whole is not None:
             send(whole.contiguous(), mesh["pp"], 0).wait()

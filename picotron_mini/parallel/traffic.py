@@ -36,6 +36,10 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
             all_gather    8 m B T K a layer with experts        capacity: what each token chose, as int64
             all_gather    m B T E w a layer with experts        expert choice: the scores
     tp      all_reduce    E D g a layer with experts            the router's gradient
+    ep      all_to_all    S (D itemsize + 2 K w) + R D itemsize a layer with experts    rows S that a rank sends, R that
+                          it receives in m micro-batches (`expert_traffic.py`); backward S D itemsize + R (the rest)
+            counts        16 m ep a layer with experts          control traffic: how many rows will come
+    edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp
 
 T is a rank's share of the sequence, T / cp; kv = 2 B T Hkv Dh, where H, Hkv are a rank's share of the heads, / tp. With
 `recompute=full` each layer in which or below which something is trained runs its exchanges of the forward again, but
@@ -47,11 +51,12 @@ A backward exchange happens only if a gradient flows there: below the first trai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..config import RunConfig
 from ..layout import Layout, Placement
 from .actions import route_of
+from .expert_traffic import Rows, even_rows
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 # the first parameter of what is one tensor-parallel pair, and the last of its products
@@ -60,12 +65,14 @@ EXITS = ("attention.o.weight", "mlp.down.weight", "mlp.experts.down")
 Traffic = Counter[tuple[str, str]]  # (axis, operation) -> bytes
 
 
-def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Traffic:
+def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows: Rows | None = None) -> Traffic:
     """Bytes of one training step of the rank with coordinates `index`.
 
     Args:
         run: resolved.
         layout: of `parallelize.layout_of`.
+        rows: of this rank, that travel to experts and from them; None: as many as are to be expected if the experts
+            are chosen evenly.
     """
     train, mesh = run.train, run.mesh
     mine = {name: place for name, place in layout.items() if place.holds(index)}
@@ -82,8 +89,10 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
         out[data, "all_reduce"] += 8
     if train.zero:
         out += _sharded(run, mine, set(trained), index)
-    elif mesh.dp * mesh.cp > 1:
-        out[data, "all_reduce"] += wide * (sum(trained.values()) + len(trained))
+    else:
+        for axis, names in _by_axis(mine, set(trained)).items():
+            axis, size = ("edp", mesh.edp) if axis == "edp" else (data, mesh.dp * mesh.cp)
+            out[axis, "all_reduce"] += (size > 1) * wide * (sum(trained[name] for name in names) + len(names))
     if mesh.tp > 1:
         pairs = sum(name.endswith(EXITS) for name in mine)
         entries, exits = _with_gradient(list(mine), set(trained), first, last)
@@ -106,7 +115,46 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
         out["world", "all_reduce"] += 24
     if run.model.moe is not None:
         out += _routers(run, list(mine), set(trained), tokens, flows=not first)
+    if run.model.moe is not None and mesh.ep > 1:
+        expected = even_rows(run.model.moe, mesh.ep, tokens * train.micro_batches)
+        rows = rows or dict.fromkeys(run.model.moe_layers, (expected, expected))
+        out += _dispatch(run, list(mine), set(trained), rows, flows=not first)
     return +out  # without zeros
+
+
+def _by_axis(mine: Mapping[str, Placement], names: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters by the axis over which copies of them are: edp for experts that are spread, else dp."""
+    out: dict[str, list[str]] = {}
+    for name in names:
+        spread = any(shard.axis == "ep" for shard in mine[name].shards)
+        out.setdefault("edp" if spread else "dp", []).append(name)
+    return out
+
+
+def _dispatch(run: RunConfig, names: list[str], trained: set[str], rows: Rows, flows: bool) -> Traffic:
+    """What tokens on their way to experts and back weigh; the first arguments and the last are those of `_context`."""
+    moe, train, out = run.model.moe, run.train, Counter[tuple[str, str]]()
+    assert moe is not None
+    choices = moe.top_k if moe.choice == "token" else moe.num_experts
+    row = run.model.hidden_size * ITEMSIZE[train.dtype]
+    beside = 2 * choices * max(ITEMSIZE[train.dtype], 4)  # the weights, and which experts they are for
+    for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
+        own = [name for name in trained if name.startswith(f"layers.{layer}.")]
+        experts = [name for name in own if ".experts." in name]
+        router = [name for name in own if ".router." in name]
+        below = [name for name in own if ".mlp." not in name]
+        # whether the rows, the weights beside them, and what the experts make of them have a gradient
+        flows = flows or int(layer) in _later_chunks(names) or "embed.weight" in trained or bool(below)
+        weighed = flows or bool(router)
+        made = weighed or bool(experts)
+        if int(layer) in run.model.moe_layers:
+            sent, received = rows[int(layer)]
+            forwards = 1 + ((flows or bool(own)) and train.recompute != "none")
+            out["ep", "all_to_all"] += forwards * (sent * (row + beside) + received * row)
+            out["ep", "all_to_all"] += made * sent * row + flows * received * row + weighed * received * beside
+            out["ep", "counts"] += forwards * train.micro_batches * 16 * run.mesh.ep
+        flows = flows or bool(own)
+    return out
 
 
 def _routers(run: RunConfig, names: list[str], trained: set[str], tokens: int, flows: bool) -> Traffic:
@@ -138,17 +186,23 @@ def _routers(run: RunConfig, names: list[str], trained: set[str], tokens: int, f
 def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], index: Mapping[str, int]) -> Traffic:
     """What ZeRO sends. Each parameter takes as many columns of a buffer as the longest of its parts has elements."""
     train, mesh, itemsize = run.train, run.mesh, ITEMSIZE[run.train.dtype]
-    columns = {name: place.padded_size("dp", index) for name, place in mine.items()}
-    room = sum(columns[name] for name in trained) + len(trained)
+    columns = {name: place.rows_size(index) for name, place in mine.items()}
     out: Traffic = Counter()
     group = train.zero_group or mesh.dp
-    if group < mesh.dp:
-        out["dp", "all_reduce"] = max(itemsize, 4) * room  # over the groups
-    if mesh.cp > 1:
-        out["cp", "all_reduce"] = max(itemsize, 4) * room
-    out["dp", "reduce_scatter"] = group * max(itemsize, 4) * room * (1 if train.zero == 1 else train.micro_batches)
+    for axis, names in _by_axis(mine, trained).items():
+        room = sum(columns[name] for name in names) + len(names)
+        size = group if axis == "dp" else mesh.edp
+        if size == 1:
+            continue
+        if axis == "dp" and group < mesh.dp:
+            out["dp", "all_reduce"] = max(itemsize, 4) * room  # over the groups
+        if axis == "dp" and mesh.cp > 1:
+            out["cp", "all_reduce"] = max(itemsize, 4) * room
+        times = 1 if train.zero == 1 else train.micro_batches
+        out[axis, "reduce_scatter"] = size * max(itemsize, 4) * room * times
+        if train.zero < 3:
+            out[axis, "all_gather"] = itemsize * sum(columns[name] for name in names)
     if train.zero < 3:
-        out["dp", "all_gather"] = itemsize * sum(columns[name] for name in trained)
         return out
     uses: dict[str, list[str]] = {}  # the parameters of each unit, in the order of the forward
     for name in mine:
@@ -156,9 +210,12 @@ def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], i
     if run.model.tie_embeddings and mesh.pp == 1:
         uses["head"] = uses["embed.weight"]  # used twice
     flows = index["pp"] > 0  # a gradient comes by if a trained parameter is in the unit, or below it
-    for names in uses.values():
-        flows = flows or not trained.isdisjoint(names)
-        out["dp", "all_gather"] += train.micro_batches * itemsize * sum(columns[name] for name in names) * (1 + flows)
+    for unit in uses.values():
+        flows = flows or not trained.isdisjoint(unit)
+        for axis, names in _by_axis(mine, unit).items():
+            if axis == "dp" or mesh.edp > 1:
+                number = sum(columns[name] for name in names)
+                out[axis, "all_gather"] += train.micro_batches * itemsize * number * (1 + flows)
     return out
 
 
