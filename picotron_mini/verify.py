@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from .collectives import ledger
-from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, resolve
+from .config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from .data.loader import Batch, data_rows
 from .launch import launch, under_torchrun
+from .legality import resolve
 from .mesh import Mesh, coordinates
 from .model.gpt import IGNORE
 from .parallel.parallelize import check_frozen, layout_of, parallelize

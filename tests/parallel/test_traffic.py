@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from picotron_mini.config import ModelConfig, RunConfig, TrainConfig, layout_problems, resolve
+from picotron_mini.config import ModelConfig, RunConfig, TrainConfig
+from picotron_mini.legality import layout_problems, resolve
 from picotron_mini.mesh import coordinates
 from picotron_mini.parallel import traffic
 from picotron_mini.parallel.parallelize import layout_of
