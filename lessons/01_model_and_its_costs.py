@@ -40,12 +40,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from picotron_mini.config import ModelConfig, RunConfig, TrainConfig, resolve
+from picotron_mini.config import ModelConfig, RunConfig, TrainConfig
 from picotron_mini.course.exercises import check
 from picotron_mini.course.live_bytes import draw_memory, watch_step
 from picotron_mini.course.museum import kill, run, show
 from picotron_mini.course.picture import INK, LINES, PALE, drawing, figure, picture
 from picotron_mini.course.saved import SavedBytes
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.model import costs, gpt
 from picotron_mini.model.generate import KeyValueCache

@@ -44,7 +44,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from picotron_mini.collectives import ledger
-from picotron_mini.config import DataConfig, ModelConfig, RunConfig, TrainConfig, resolve
+from picotron_mini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from picotron_mini.course.data_figures import draw_resumes, draw_rows, draw_shares, padded_rows
 from picotron_mini.course.exercises import check
 from picotron_mini.course.museum import ask, kill, run, show
@@ -55,6 +55,7 @@ from picotron_mini.data.loader import Loader, data_rows, prepare, row_order
 from picotron_mini.data.packing import pack, read_rows
 from picotron_mini.data.tokenizer import byte_tokenizer, train_bpe
 from picotron_mini.launch import launch
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.model.gpt import GPT, init_weights
 from picotron_mini.parallel.parallelize import parallelize

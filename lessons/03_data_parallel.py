@@ -37,12 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from picotron_mini.collectives import all_reduce, ledger
-from picotron_mini.config import MeshShape, ModelConfig, RunConfig, resolve
+from picotron_mini.config import MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
 from picotron_mini.course.museum import MODEL, TRAIN, kill, run, show
 from picotron_mini.course.picture import GREY, drawing, figure, picture
 from picotron_mini.data.loader import data_rows
 from picotron_mini.launch import launch
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.gpt import GPT, IGNORE, init_weights
 from picotron_mini.parallel import data

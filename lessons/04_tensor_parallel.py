@@ -43,7 +43,7 @@ from torch import Tensor
 
 from picotron_mini import collectives
 from picotron_mini.collectives import all_gather, copy_to, ledger, reduce_from
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, resolve
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
 from picotron_mini.course.museum import kill, run, show
 from picotron_mini.course.picture import GREY, LINES, drawing, figure, picture
@@ -51,6 +51,7 @@ from picotron_mini.course.tensor_figures import draw_heads, draw_pair
 from picotron_mini.course.tensor_time import block_times, exchange_ratio, layer_of_width
 from picotron_mini.launch import launch
 from picotron_mini.layout import Layout, split
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.costs import layer_parameters
 from picotron_mini.model.gpt import GPT, init_weights, initial_weight

@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from picotron_mini.collectives import ledger, receive, send
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, resolve
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
 from picotron_mini.course.in_order import messages_in_order
 from picotron_mini.course.museum import kill, run, show
@@ -51,6 +51,7 @@ from picotron_mini.course.saved import SavedBytes
 from picotron_mini.course.timeline import draw_timelines, merge, pretend, timed
 from picotron_mini.data.loader import Batch
 from picotron_mini.launch import RankError, launch
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.model.costs import head_flops, layer_activation_bytes, layer_flops, parameters
 from picotron_mini.model.gpt import GPT, IGNORE, init_weights

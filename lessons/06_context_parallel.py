@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from picotron_mini.collectives import gather_from, ledger, rotate
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, resolve
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.context_figures import border, draw_bytes, draw_pairs, draw_work, layer_bytes
 from picotron_mini.course.exercises import check
 from picotron_mini.course.largest import Largest
@@ -46,6 +46,7 @@ from picotron_mini.course.museum import MODEL, TRAIN, kill, run, show
 from picotron_mini.course.saved import SavedBytes
 from picotron_mini.data.loader import Batch
 from picotron_mini.launch import launch
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model import costs
 from picotron_mini.model.gpt import GPT, attend, init_weights, rope

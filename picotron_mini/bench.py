@@ -15,9 +15,10 @@ import torch
 from rich.table import Table
 
 from .collectives import ledger
-from .config import RunConfig, resolve
+from .config import RunConfig
 from .data.loader import Batch
 from .launch import launch
+from .legality import resolve
 from .mesh import Mesh
 from .model.costs import flops_per_token, parameters
 from .monitoring.metrics import memory_bytes

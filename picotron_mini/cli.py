@@ -279,7 +279,7 @@ def describe_command(args: list[str]) -> int:
     wanted = _parse(Run, "describe", args, PRESETS["laptop"])
     import torch
 
-    from .config import resolve
+    from .legality import resolve
     from .parallel.describe import describe
 
     run = wanted.run

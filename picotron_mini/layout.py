@@ -85,7 +85,7 @@ class Placement:
         return prod(lengths)
 
     def rows_size(self, index: Mapping[str, int]) -> int:
-        """Elements of it in a buffer in which each rank has the rows that it owns (ZeRO): `padded_size`, if it is cut."""
+        """Elements of it in a buffer in which each rank has the rows that it owns (ZeRO)."""
         axis = self.shards[-1].axis if self.shards else ""
         return self.padded_size(axis, index) if axis in ("dp", "edp") else self.local_size(index)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from .config import ConfigError, RunConfig, UserError, resolve, to_dict
+from .config import ConfigError, RunConfig, UserError, to_dict
 from .data.loader import Loader, Prepared, prepare
 from .layout import to_json
+from .legality import resolve
 from .monitoring.environment import write_environment
 from .parallel.parallelize import check_frozen, layout_of
 

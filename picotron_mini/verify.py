@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from .collectives import ledger
-from .config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, resolve
+from .config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from .data.loader import Batch, data_rows
 from .launch import launch, under_torchrun
 from .layout import Layout
+from .legality import resolve
 from .mesh import Mesh, coordinates
 from .model.gpt import IGNORE
 from .moe.dispatch import recording

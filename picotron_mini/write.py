@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import MeshShape, RunConfig, TrainConfig, UserError, resolve
+from .config import MeshShape, RunConfig, TrainConfig, UserError
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .launch import launch
+from .legality import resolve
 from .mesh import Mesh
 from .model.generate import KeyValueCache, next_logits, stream
 from .model.gpt import GPT

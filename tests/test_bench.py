@@ -12,7 +12,8 @@ import pytest
 from picotron_mini.bench import table
 from picotron_mini.cli import main
 from picotron_mini.config import ModelConfig as Model
-from picotron_mini.config import RunConfig, TrainConfig, resolve
+from picotron_mini.config import RunConfig, TrainConfig
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import coordinates
 from picotron_mini.model.costs import parameters
 from picotron_mini.parallel.parallelize import layout_of

@@ -17,13 +17,11 @@ from picotron_mini.config import (
     RopeScaling,
     RunConfig,
     TrainConfig,
-    context_problems,
     from_dict,
-    layout_problems,
     model_problems,
-    resolve,
     to_dict,
 )
+from picotron_mini.legality import context_problems, layout_problems, resolve
 
 MODEL = ModelConfig(vocab_size=100, hidden_size=48, intermediate_size=96, num_layers=3, num_heads=6, num_kv_heads=2)
 

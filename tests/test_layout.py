@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from picotron_mini.config import MeshShape, ModelConfig, RunConfig, TrainConfig, layout_problems
+from picotron_mini.config import MeshShape, ModelConfig, RunConfig, TrainConfig
 from picotron_mini.layout import Layout, Placement, Shard, split, to_json
+from picotron_mini.legality import layout_problems
 from picotron_mini.mesh import coordinates
 from picotron_mini.model.gpt import parameter_shapes
 from picotron_mini.parallel.parallelize import layout_of

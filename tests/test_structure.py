@@ -21,6 +21,7 @@ MODULES = {
 # From what all may import to what nobody may. A unit imports units of lower levels, and itself.
 LEVELS = {
     "config": 0,
+    "legality": 1,
     "presets": 1,
     "mesh": 1,
     "collectives": 1,
@@ -30,6 +31,7 @@ LEVELS = {
     "data": 1,
     "reference": 2,
     "memory": 2,
+    "moe": 2,
     "parallel": 3,
     "training": 4,
     "monitoring": 4,

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, layout_problems
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig
+from picotron_mini.legality import layout_problems
 from picotron_mini.parity import Report, table
 from picotron_mini.verify import MODEL, TRAIN, verify
 

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..config import ModelConfig, RunConfig, TrainConfig, resolve
+from ..config import ModelConfig, RunConfig, TrainConfig
+from ..legality import resolve
 from ..model import costs
 from .exercises import Exercise, Mistake, NotAttempted
 from .live_bytes import watch_step

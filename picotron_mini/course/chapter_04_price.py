@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..collectives import ledger
-from ..config import MeshShape, ModelConfig, layout_problems
+from ..config import MeshShape, ModelConfig
+from ..legality import layout_problems
 from ..mesh import Axis
 from ..model.gpt import GPT, init_weights
 from ..parallel.tensor import tensor_parallel

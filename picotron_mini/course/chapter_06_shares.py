@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..collectives import ledger
-from ..config import MeshShape, ModelConfig, TrainConfig, context_problems
+from ..config import MeshShape, ModelConfig, TrainConfig
+from ..legality import context_problems
 from ..mesh import Axis
 from ..model.gpt import attend
 from ..parallel.context import ring_attention

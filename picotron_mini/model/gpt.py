@@ -197,7 +197,7 @@ class GPT(nn.Module):
     """The decoder, or the part of it that a pipeline stage holds.
 
     Args:
-        config: with `vocab_size` and `head_dim` filled (`config.resolve` does it).
+        config: with `vocab_size` and `head_dim` filled (`legality.resolve` does it).
         layers: global indices of the layers to hold; None: all.
         embed: hold the token embedding; without it the input is hidden states.
         head: hold the final norm and the output head.

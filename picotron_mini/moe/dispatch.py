@@ -63,8 +63,8 @@ def plan(parts: Sequence[Tensor], axis: Axis, held: int) -> list[Plan]:
     """Agree on who sends what to whom. Every rank of the axis must call it.
 
     Args:
-        parts: [N, K] int64 each, the slots of each token's experts: slot s is the expert s % held of rank s // held. -1:
-            no expert.
+        parts: [N, K] int64 each, the slots of each token's experts: slot s is expert s % held of rank s // held; -1: no
+            expert.
         held: experts on each rank.
     """
     ranks, outgoing, needs = axis.size, [], []
@@ -107,10 +107,8 @@ class ExpertDispatch:
         self.axis, self.held, self.parts, self.layer = axis, num_experts // axis.size, parts, layer
         self.slot: Tensor | None = None
 
-    def __call__(
-        self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None
-    ) -> Tensor:
-        """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis must call it, with its own tokens."""
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None) -> Tensor:
+        """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
         slots = experts if self.slot is None else torch.where(experts < 0, -1, self.slot[experts])
         for log in _LOGS:
             log.append((self.layer, slots.detach().cpu()))
@@ -134,7 +132,7 @@ class ExpertDispatch:
     def _start(
         self, x: Tensor, weights: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, tuple[UnevenExchange, UnevenExchange]]:
-        """Let rows set out, and beside them [S, 2 K] the weights and (exact in any float) which experts they are for."""
+        """Let rows set out, and beside them [S, 2 K] the weights and, exact in float32, which experts they are for."""
         wide = torch.promote_types(weights.dtype, torch.float32)
         meta = torch.cat([weights[plan.token].to(wide), plan.local.to(wide)], 1)
         trips = tuple(UnevenExchange(self.axis, plan.sends, plan.receives) for _ in range(2))

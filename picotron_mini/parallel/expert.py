@@ -1,7 +1,7 @@
 """Expert parallelism: the experts of each layer are spread over ranks that already share the work on the batch.
 
-A mixture of experts has many weights and uses few of them for a token. Spread the experts over `ep` of the dp * cp ranks,
-and each rank keeps E/ep of them instead of E; attention, norms and router it keeps as before:
+A mixture of experts has many weights and uses few of them for a token. Spread the experts over `ep` of the dp * cp
+ranks, and each keeps E/ep of them instead of E; attention, norms and router it keeps as before:
 
     dp=4, ep=2, E=8      rank 0      rank 1      rank 2      rank 3
     all else             copy        copy        copy        copy         gradients summed over dp, 4 ranks
@@ -57,7 +57,7 @@ def expert_parallel(model: GPT, axis: Axis, parts: int = 1) -> None:
 
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
-        axis: its size must divide the number of experts (`config.expert_problems`).
+        axis: its size must divide the number of experts (`legality.expert_problems`).
         parts: in how many the tokens are cut, to compute one while the next travels.
     """
     if axis.size == 1:

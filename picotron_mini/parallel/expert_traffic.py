@@ -1,8 +1,8 @@
 """What tokens on their way to experts weigh, from what the routers decided: nothing here looks at what was sent.
 
 How many rows travel is up to the router, so there is no formula for it before a step. There is one for the bytes of
-given rows; and one for the rows to expect if all sets of K experts are equally likely. On ep ranks with h = E/ep experts
-each, a token then needs
+given rows; and one for the rows to expect if all sets of K experts are equally likely. On ep ranks with h = E/ep
+experts each, a token then needs
 
     rows = ep (1 - C(E - h, K) / C(E, K))        the chance that a rank has none of its K experts, taken off, ep times
 
@@ -18,7 +18,7 @@ from math import comb
 from ..config import MeshShape, MoEConfig
 from ..mesh import expert_axis_of
 
-Rows = Mapping[int, tuple[int, int]]  # layer -> rows that a rank sends, and receives, in one forward of all micro-batches
+Rows = Mapping[int, tuple[int, int]]  # layer -> rows that a rank sends, and receives, in one forward of a whole step
 Choices = Sequence[Sequence[int]]  # of each token the slots of its experts, -1 for none
 
 

@@ -161,7 +161,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """Build this rank's part of the model.
 
     Args:
-        run: resolved (`config.resolve`), with the vocabulary's size filled.
+        run: resolved (`legality.resolve`), with the vocabulary's size filled.
     """
     config, train = run.model, run.train
     index = coordinates(mesh.shape, mesh.rank)

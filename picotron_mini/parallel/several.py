@@ -37,7 +37,9 @@ class Several(Generic[Reducer]):
     """
 
     def __init__(self, reducers: Iterable[tuple[Reducer, Iterable[nn.Parameter]]]) -> None:
-        self._of = {parameter: reducer for reducer, parameters in reducers for parameter in parameters}
+        self._of: dict[nn.Parameter, Reducer] = {
+            parameter: reducer for reducer, parameters in reducers for parameter in parameters
+        }
         self.reducers: list[Reducer] = list(dict.fromkeys(self._of.values()))
 
     def reset(self) -> None:

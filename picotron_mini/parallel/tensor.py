@@ -85,7 +85,7 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> 
 
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
-        axis: its size must divide heads, key-value heads and the inner widths (`config.layout_problems`).
+        axis: its size must divide heads, key-value heads and the inner widths (`legality.layout_problems`).
         sequence_parallel: hidden states between the layers are [B, T/tp, D]; tp must divide T.
     """
     if axis.size == 1:

@@ -125,7 +125,8 @@ class ShardedWeights:
         axis_of: Callable[[nn.Parameter], Axis],
     ) -> _Unit:  # fmt: skip
         unit = _Unit([], here=True)
-        for axis, group in [(a, g) for a, group in by_axis(parameters, axis_of).items() for g in alike(group)]:
+        groups = [(axis, group) for axis, mine in by_axis(parameters, axis_of).items() for group in alike(mine)]
+        for axis, group in groups:
             cuts, columns = cut(group, axis.size, rows)
             row = group[0].new_zeros(columns).detach()
             unit.buffers.append((cuts, row, axis))

@@ -67,6 +67,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     if route.chunks > 1:
         receives = _receives(train.schedule, route, len(micro_batches))[pp.index]
     gradients = parallel.gradients
+    after = None if isinstance(gradients, GradientBuckets | SeveralBuckets) else gradients.after_backward
     pools = None if parallel.routers is None else parallel.routers.pools(True, len(micro_batches))
     gradients.reset()
     at_once = route.chunks == 1 and not split  # every gradient is final in the last backward
@@ -83,7 +84,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         dtype=parallel.dtype,
         device=parallel.device,
         before_last_backward=gradients.arm if at_once else None,
-        after_backward=None if isinstance(gradients, GradientBuckets | SeveralBuckets) or not at_once else gradients.after_backward,
+        after_backward=after if at_once else None,
         route=route,
         receives=receives,
         deferred=parallel.deferred,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from picotron_mini.config import ConfigError, RunConfig, TrainConfig, resolve
+from picotron_mini.config import ConfigError, RunConfig, TrainConfig
+from picotron_mini.legality import resolve
 from picotron_mini.memory.recompute import Recompute, recompute
 from picotron_mini.model.gpt import GPT, init_weights
 from picotron_mini.verify import MODEL

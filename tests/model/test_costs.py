@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from picotron_mini.config import Dtype, MeshShape, ModelConfig, RunConfig, TrainConfig, resolve
+from picotron_mini.config import Dtype, MeshShape, ModelConfig, RunConfig, TrainConfig
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.model import costs
 from picotron_mini.model.generate import KeyValueCache

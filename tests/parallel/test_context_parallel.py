@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from picotron_mini.collectives import ledger
-from picotron_mini.config import MeshShape, ModelConfig, RunConfig, TrainConfig, resolve
+from picotron_mini.config import MeshShape, ModelConfig, RunConfig, TrainConfig
 from picotron_mini.course.largest import Largest
 from picotron_mini.course.witness import Witness
 from picotron_mini.data.loader import Batch, data_rows
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.gpt import GPT, IGNORE, attend, init_weights
 from picotron_mini.parallel import context

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from picotron_mini.config import ModelConfig, RunConfig, TrainConfig, resolve
+from picotron_mini.config import ModelConfig, RunConfig, TrainConfig
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import coordinates
 from picotron_mini.parallel.describe import describe
 from picotron_mini.parallel.parallelize import layout_of

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from picotron_mini.config import ModelConfig, RunConfig, TrainConfig, layout_problems, resolve
+from picotron_mini.config import ModelConfig, RunConfig, TrainConfig
+from picotron_mini.legality import layout_problems, resolve
 from picotron_mini.mesh import coordinates
-from picotron_mini.parallel import traffic
+from picotron_mini.parallel import expert_traffic, traffic
 from picotron_mini.parallel.parallelize import layout_of
 from picotron_mini.parallel.traffic import predict_step
 
@@ -210,10 +211,12 @@ def test_hundreds_of_ranks_need_no_process() -> None:
 
 def test_the_prediction_does_not_know_the_code_that_sends() -> None:
     """Else one mistake could be in both numbers."""
-    imported = {
-        alias.name if isinstance(node, ast.Import) else node.module
-        for node in ast.walk(ast.parse(Path(traffic.__file__).read_text()))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
-    assert imported == {"__future__", "collections", "collections.abc", "config", "layout", "actions"}
+    allowed = {"__future__", "collections", "collections.abc", "math", "config", "layout", "mesh", "actions"}
+    for module in (traffic, expert_traffic):
+        imported = {
+            alias.name if isinstance(node, ast.Import) else node.module
+            for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert imported <= allowed | {"expert_traffic"}

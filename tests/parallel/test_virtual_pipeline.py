@@ -15,9 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 from picotron_mini.cli import main
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, resolve
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.in_order import messages_in_order
 from picotron_mini.launch import RankError, launch
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh, coordinates
 from picotron_mini.model.generate import KeyValueCache
 from picotron_mini.model.gpt import GPT, init_weights

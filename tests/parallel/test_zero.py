@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from picotron_mini import collectives
 from picotron_mini.collectives import ledger
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, from_dict, resolve
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, from_dict
 from picotron_mini.course.witness import Witness
 from picotron_mini.layout import Placement, Shard, split
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.gpt import parameter_shapes
 from picotron_mini.monitoring.placement import held
@@ -333,7 +334,7 @@ def without_gradients() -> tuple[float, list[int], bool]:
     with torch.no_grad():
         want = plain(*inputs(0, 0))
     assert got.item() == want.item()
-    once = sum(len(row) * row.element_size() for unit in sharded.units for _, row in unit.buffers)
+    once = sum(len(row) * row.element_size() for unit in sharded.units for _, row, _ in unit.buffers)
     return float(got), [p.untyped_storage().nbytes() for p in module.parameters()], sent["dp", "all_gather"] == once
 
 
@@ -454,7 +455,7 @@ def recomputed(around: bool) -> list[Tensor | None]:
         x.square().sum().backward()
         sharded.after_backward()
         sharded.finish()
-    kept = sum(len(row) * row.element_size() for unit in sharded.units for _, row in unit.buffers)
+    kept = sum(len(row) * row.element_size() for unit in sharded.units for _, row, _ in unit.buffers)
     assert sent["dp", "all_gather"] == 2 * kept, "computing again needs no weights again"
     assert all(p.untyped_storage().nbytes() == 0 for p in layers.parameters())
     return [sharded.gradient(p) for p in layers.parameters()]
@@ -548,7 +549,7 @@ def kept(runs: list[RunConfig]) -> list[tuple[int, int]]:
         for master in parallel.masters.values():
             master.grad = None
         del batch
-        rows = [row for unit in getattr(parallel.gradients, "units", []) for _, row in unit.buffers]
+        rows = [row for unit in getattr(parallel.gradients, "units", []) for _, row, _ in unit.buffers]
         states = [*parallel.parameters.values(), *parallel.masters.values(), *rows]
         weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in states}
         totals = []

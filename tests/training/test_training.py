@@ -9,8 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from picotron_mini.config import MeshShape, RunConfig, TrainConfig, resolve
+from picotron_mini.config import MeshShape, RunConfig, TrainConfig
 from picotron_mini.launch import launch
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.parallel.parallelize import parallelize
 from picotron_mini.training.lr import learning_rate

@@ -1,0 +1,229 @@
+"""What may run: the one written predicate that says whether a layout is legal for a model and its training.
+
+Each `*_problems` returns sentences that name the setting, its value and the nearest ones that work; an empty list
+means legal. `resolve` fills what was left open (layout, device, number of micro-batches), asks all of them, and
+refuses a run with every problem at once, before a process is started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, divisors, model_problems, nearest
+
+
+def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
+    """The legality of a layout for a model, in words; an empty list is a legal layout.
+
+    Tensor parallelism splits whole heads and equal parts of the MLP; the vocabulary may be uneven (it is
+    padded by the convention of layout.py). Each pipeline stage needs a layer of its own.
+    """
+    found = model_problems(model)
+    if found:
+        return found
+    sizes = {name: getattr(model, name) for name in ("num_heads", "num_kv_heads", "intermediate_size")}
+    if model.moe is not None:
+        sizes |= {"expert_size": model.moe.expert_size, "shared_size": model.moe.shared_size}
+        if not model.moe.dense_layers:
+            del sizes["intermediate_size"]  # no layer has such an MLP
+    for name, size in sizes.items():
+        if size % mesh.tp:
+            fits = [d for d in divisors(size) if d <= 4 * mesh.tp]
+            found.append(f"tp={mesh.tp} does not divide {name}={size}; tp could be {nearest(mesh.tp, fits)}")
+    vocab = model.vocab_size
+    if vocab and (mesh.tp - 1) * -(-vocab // mesh.tp) >= vocab:
+        found.append(f"tp={mesh.tp} leaves a rank without any of vocab_size={vocab}; a larger vocabulary or tp=1 works")
+    if mesh.pp > model.num_layers:
+        found.append(f"pp={mesh.pp} is more than num_layers={model.num_layers}; use pp<={model.num_layers}")
+    return found
+
+
+def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """What keeps experts from being spread over ep ranks, in words; empty when nothing does."""
+    if mesh.ep == 1:
+        return []
+    if model.moe is None:
+        return [f"ep={mesh.ep} spreads experts, and this model has none; use ep=1, or give it experts (model.moe)"]
+    found, ranks, number = [], mesh.dp * mesh.cp, model.moe.num_experts
+    if ranks % mesh.ep:
+        fits = [d for d in divisors(ranks) if number % d == 0]
+        found.append(
+            f"ep={mesh.ep} does not divide dp*cp={ranks}, and experts are spread over those ranks; "
+            f"ep could be {nearest(mesh.ep, fits)}"
+        )
+    if number % mesh.ep:
+        fits = [d for d in divisors(number) if ranks % d == 0]
+        found.append(
+            f"ep={mesh.ep} does not divide num_experts={number}; ep could be {nearest(mesh.ep, fits)}, or "
+            f"num_experts={nearest(number, [number - number % mesh.ep or mesh.ep, number + -number % mesh.ep])}"
+        )
+    if train.zero_group:
+        found.append(
+            f"zero_group={train.zero_group} cuts dp in groups, and ep={mesh.ep} cuts it anew; use zero_group=0"
+        )
+    return found
+
+
+def context_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """Whether the sequence, and for ulysses the heads, can be shared by cp ranks, in words; empty when they can.
+
+    The ring cuts the sequence in 2 cp equal chunks, ulysses in cp equal parts; ulysses then gives each of the cp * tp
+    ranks whole heads, and the key-value heads that these read.
+    """
+    if mesh.cp == 1 or model_problems(model):
+        return []
+    found = []
+    parts, why = (2 * mesh.cp, f"2*cp={2 * mesh.cp}") if train.context == "ring" else (mesh.cp, f"cp={mesh.cp}")
+    if train.seq_len % parts:
+        low = train.seq_len - train.seq_len % parts
+        fits = " or ".join(str(n) for n in (low, low + parts) if n)
+        found.append(
+            f"{why} does not divide seq_len={train.seq_len}, and context={train.context} cuts equal parts; "
+            f"use seq_len={fits}"
+        )
+    if train.context == "ulysses":
+        for name in ("num_heads", "num_kv_heads"):
+            size = getattr(model, name)
+            if size % (mesh.cp * mesh.tp) and not size % mesh.tp:
+                fits = nearest(mesh.cp, [d for d in divisors(size // mesh.tp) if d <= 4 * mesh.cp])
+                found.append(
+                    f"cp*tp={mesh.cp * mesh.tp} does not divide {name}={size}, and context=ulysses gives each rank "
+                    f"whole heads; cp could be {fits}, or use context=ring"
+                )
+    return found
+
+
+def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """What keeps a pipeline schedule from running on a layout, in words; `train` has its micro-batches filled."""
+    name, chunks = f"schedule={train.schedule}", train.chunks
+    if train.schedule != "interleaved" and train.virtual_stages != 2:
+        return [f"virtual_stages={train.virtual_stages} is for schedule=interleaved; {name} has {chunks} a stage"]
+    if chunks < 2 and train.schedule == "interleaved":
+        return [f"virtual_stages={chunks} must be at least 2; with 1 it is schedule=1f1b"]
+    found = []
+    if chunks > 1 and mesh.pp == 1:
+        found.append(f"{name} needs a pipeline, and pp=1 is none; use pp>=2, or schedule=1f1b")
+    elif chunks * mesh.pp > model.num_layers:
+        most = model.num_layers // chunks
+        fits = f"use pp<={most}" if most > 1 else f"use num_layers>={chunks * mesh.pp}"
+        found.append(
+            f"{name} cuts the model into {chunks} * pp={mesh.pp} parts, more than num_layers={model.num_layers}; {fits}"
+        )
+    if train.schedule == "interleaved" and train.micro_batches % mesh.pp:
+        fits = nearest(train.micro_batches, list(range(mesh.pp, train.micro_batches + 2 * mesh.pp, mesh.pp)))
+        found.append(
+            f"{name} runs micro-batches in groups of pp={mesh.pp}, and micro_batches={train.micro_batches} is no "
+            f"multiple of it; it could be {fits}"
+        )
+    if train.zero == 3 and train.schedule not in ("1f1b", "afab"):
+        found.append(
+            f"{name} runs several chunks or halves of a backward, and zero=3 frees the weights after each whole one; "
+            "use zero=2, or schedule=1f1b"
+        )
+    if train.schedule in ("zb-h1", "zb-v"):
+        for setting, off in (("compile", False), ("recompute", "none"), ("loss_chunks", 1)):
+            if (value := getattr(train, setting)) != off:
+                found.append(f"{name} splits each backward, and {setting}={value} makes it one; use {setting}={off}")
+    return found
+
+
+def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """What is wrong with the settings of the work itself, alone or on this mesh, in words."""
+    found = []
+    parts, why = mesh.cp * mesh.tp, f"tp={mesh.tp}" if mesh.cp == 1 else f"cp*tp={mesh.cp * mesh.tp}"
+    if train.sequence_parallel and train.seq_len % parts:
+        step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
+        fits = nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
+        found.append(f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; it could be {fits}")
+    for name, least in (
+        ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
+    ):  # fmt: skip
+        if getattr(train, name) < least:
+            found.append(f"{name}={getattr(train, name)} must be at least {least}")
+    if train.recompute == "selective" and train.compile:
+        found.append(
+            "recompute=selective does not go with compile: a compiled layer already computes its elementwise steps "
+            "again; use recompute=full or recompute=none"
+        )
+    for name in ("lr", "bucket_mb"):
+        if not 0 < getattr(train, name) < float("inf"):
+            found.append(f"{name}={getattr(train, name)} must be a number above 0")
+    for name in ("clip_norm", "weight_decay"):
+        if not 0 <= getattr(train, name) < float("inf"):
+            found.append(f"{name}={getattr(train, name)} must be 0 (off) or above")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            found.append(f"{name}={getattr(train, name)} must lie between 0 and 1, below 1")
+    if not 0 <= train.min_lr_ratio <= 1:
+        found.append(f"min_lr_ratio={train.min_lr_ratio} must lie between 0 and 1")
+    if not 0 <= train.seed < 2**63:
+        found.append(f"seed={train.seed} must be 0 or above, and below 2**63")
+    if train.zero not in (0, 1, 2, 3):
+        found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
+    elif train.zero and mesh.dp == 1:
+        found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
+    if train.zero_group and not train.zero:
+        found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
+    elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):
+        groups = [d for d in divisors(mesh.dp) if d > 1]
+        near = f"zero_group could be {nearest(train.zero_group, groups)}" if groups else "leave it out"
+        found.append(f"zero_group={train.zero_group} does not cut dp={mesh.dp} into groups of 2 or more; {near}")
+    return found
+
+
+def _batch(train: TrainConfig, dp: int) -> tuple[TrainConfig, list[str]]:
+    """Fill batch_size = dp * micro_batch_size * micro_batches from those that are set."""
+    batch, size, number = train.batch_size, train.micro_batch_size, train.micro_batches
+    if min(batch, size, number) < 0:
+        given = f"batch_size={batch}, micro_batch_size={size}, micro_batches={number}"
+        return train, [f"batch sizes cannot be negative: {given}"]
+    if not batch:
+        size, number = size or 1, number or 1
+        batch = dp * size * number
+    elif batch % dp:
+        return train, [f"batch_size={batch} does not split over dp={dp}; try {batch - batch % dp or dp}"]
+    elif not size and not number:
+        size, number = batch // dp, 1
+    elif not size or not number:
+        count, setting = (size, "micro_batch_size") if size else (number, "micro_batches")
+        if (batch // dp) % count:
+            fits = nearest(count, divisors(batch // dp))
+            return train, [f"{setting}={count} does not divide the {batch // dp} sequences of a rank; try {fits}"]
+        size, number = size or batch // dp // number, number or batch // dp // size
+    if dp * size * number != batch:
+        return train, [
+            f"dp={dp} * micro_batch_size={size} * micro_batches={number} = {dp * size * number}, "
+            f"not batch_size={batch}; leave one of them out"
+        ]
+    return replace(train, batch_size=batch, micro_batch_size=size, micro_batches=number), []
+
+
+def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
+    """Return the run with every open setting filled (layout, device, batch, head_dim), or refuse it.
+
+    Args:
+        gpus: how many GPUs there are on this machine; on the CPU ranks are not limited.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    device = run.train.device if run.train.device != "auto" else "cuda" if gpus else "cpu"
+    if run.layout == "auto":
+        run = replace(run, layout=f"dp={max(gpus, 1)}" if device == "cuda" else "dp=2,tp=2")
+    mesh, model, train = run.mesh, run.model, replace(run.train, device=device)
+    found = layout_problems(model, mesh) + context_problems(model, mesh, train) + expert_problems(model, mesh, train)
+    train, batch_problems = _batch(train, mesh.dp)
+    found += batch_problems
+    if not found:
+        found += schedule_problems(model, mesh, train)
+    if device == "cuda" and not gpus:
+        found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
+    elif device == "cuda" and mesh.world_size > gpus:
+        found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
+    found += training_problems(mesh, train)
+    if not 0 < run.data.val_fraction < 1:
+        found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
+    if found:
+        raise ConfigError("\n".join(dict.fromkeys(found)))
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    return replace(run, layout=str(mesh), model=replace(model, head_dim=head_dim), train=train)
