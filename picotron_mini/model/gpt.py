@@ -306,6 +306,13 @@ def router_bias_name(layer: int) -> str:
     return f"layers.{layer}.mlp.router.bias"
 
 
+def bias_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Global name -> shape of the biases that balance experts; none in a model that has no such."""
+    if config.moe is None or config.moe.balance != "bias":
+        return {}
+    return {router_bias_name(layer): (config.moe.num_experts,) for layer in config.moe_layers}
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Global name -> global shape of every parameter, in model order; a tied head is not listed."""
     _check(config)

@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's folder form, to and from `transformers`' Llama and Qwen3.
+"""Weights in Hugging Face's folder form, to and from `transformers`' Llama, Qwen3, Mixtral and Qwen3-MoE.
 
     folder/config.json                        the architecture, see hf_config.py
     folder/model.safetensors                  the weights, or when they are large:
@@ -6,8 +6,9 @@
     folder/model.safetensors.index.json       which tensor lies in which file
 
 The two programs compute the same function, so conversion is renaming only: both turn channel pairs (i, i + Dh/2), and
-no weight is permuted. A safetensors file is a length, a JSON header and the raw numbers. The older `pytorch_model.bin`
-is a pickle, which can run code when it is read, and is refused.
+no weight is permuted. Experts, which are one tensor here, are many there (`hf_experts.py`). A safetensors file is a
+length, a JSON header and the raw numbers. The older `pytorch_model.bin` is a pickle, which can run code when it is
+read, and is refused.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from picotron_mini.config import ConfigError, ModelConfig, UserError
-from picotron_mini.model.gpt import global_name, parameter_shapes
+from picotron_mini.model.gpt import bias_shapes, global_name, parameter_shapes
 from picotron_mini.model.hf_config import config_from_hf, config_to_hf
+from picotron_mini.model.hf_experts import OWN, from_files, moe_kind, to_files
 
 INDEX = "model.safetensors.index.json"
 
@@ -72,7 +74,10 @@ def save_hf(
         ConfigError: a tensor is missing, unexpected or of a wrong shape or dtype.
         UserError: the folder holds something, or cannot be written.
     """
-    given = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+    given = model
+    if isinstance(model, nn.Module):
+        given = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert not isinstance(given, nn.Module)
     state = _checked(config, given, "the weights to save")
     folder = Path(folder)
     try:
@@ -84,7 +89,7 @@ def save_hf(
         raise UserError(f"cannot write {folder}: {error}") from error
     try:
         part.chmod(0o755)  # mkdtemp makes it private
-        _write_weights(state, part, max_shard_bytes)
+        _write_weights(config, state, part, max_shard_bytes)
         dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
         (part / "config.json").write_text(json.dumps({**config_to_hf(config), "dtype": dtype}, indent=2) + "\n")
         part.rename(folder)  # replaces an empty folder too
@@ -94,7 +99,13 @@ def save_hf(
         shutil.rmtree(part, ignore_errors=True)  # already gone when it was renamed
 
 
-def _write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+def _tensors(kind: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One of our tensors as a file has it: by itself, or expert by expert."""
+    return dict(to_files(kind, name, tensor)) or {hf_name(name): tensor}
+
+
+def _write_weights(config: ModelConfig, state: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    kind = moe_kind(config) if config.moe else ""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in state.items():
@@ -106,7 +117,8 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_bytes: i
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {hf_name(name): state[name].detach().cpu().contiguous() for name in names}
+        theirs = (_tensors(kind, name, state[name].detach().cpu()) for name in names)
+        shard = {name: tensor.contiguous() for tensors in theirs for name, tensor in tensors.items()}
         save_file(shard, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, file)
     if len(shards) > 1:
@@ -122,8 +134,10 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         ConfigError: the architecture is not supported, or a tensor is missing, unexpected or of a wrong shape or dtype.
     """
     folder = Path(folder)
-    config = config_from_hf(_read_json(folder / "config.json"))
-    ours = {hf_name(name): name for name in [*parameter_shapes(config), "head.weight"]}
+    described = _read_json(folder / "config.json")
+    config = config_from_hf(described)
+    dense = [name for name in parameter_shapes(config) if not list(to_files(OWN, name, torch.empty(0)))]
+    ours = {hf_name(name): name for name in [*dense, "head.weight"]}
     state: dict[str, Tensor] = {}
     for file, names in _contents(folder).items():
         try:
@@ -138,7 +152,7 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
                         state[ours.get(name, name)] = tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {folder / file}: {error}") from error
-    return config, _checked(config, state, str(folder))
+    return config, _checked(config, from_files(str(described["model_type"]), state), str(folder))
 
 
 def _contents(folder: Path) -> dict[str, set[str]]:
@@ -170,7 +184,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _checked(config: ModelConfig, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors in model order, or every misfit by name."""
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(config) | bias_shapes(config)
     tied = given.get("head.weight") if global_name(config, "head.weight") != "head.weight" else None
     unexpected = [name for name in given if global_name(config, name) not in shapes]
     found = [f"{name} is missing" for name in shapes if name not in given]

@@ -319,7 +319,7 @@ def test_defaults_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"model_type": None}, "model_type=None"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
         ({"attention_bias": True}, "attention_bias=True"),
