@@ -17,6 +17,7 @@ from .model.hf import save_hf
 from .monitoring.metrics import MetricsWriter, memory_bytes
 from .monitoring.peak import peak_flops
 from .monitoring.progress import Progress as LiveProgress
+from .parallel.expert_traffic import Rows
 from .parallel.parallelize import layout_of
 from .parallel.traffic import predict_step
 from .ready import ReadyRun, write_json
@@ -50,7 +51,9 @@ class Recorder:
         self.progress.__exit__(*exception)
         self.metrics.__exit__(*exception)
 
-    def step(self, step: int, result: StepResult, lr: float, seconds: float, sent: Any) -> None:
+    def step(
+        self, step: int, result: StepResult, lr: float, seconds: float, sent: Any, rows: Rows | None = None
+    ) -> None:
         speed, memory = result.tokens / seconds, memory_bytes(self.device)
         self.metrics.write(
             step=step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=result.tokens,
@@ -58,11 +61,11 @@ class Recorder:
         )  # fmt: skip
         self.progress.step(step, result.loss, speed, memory)
         if step == 1:
-            predicted = predict_step(self.ready.run, self.layout, coordinates(self.ready.run.mesh, 0))
-            rows = sorted({*predicted, *sent})
+            predicted = predict_step(self.ready.run, self.layout, coordinates(self.ready.run.mesh, 0), rows)
+            keys = sorted({*predicted, *sent})
             self.traffic = {
                 "per_step": [
-                    {"axis": a, "op": op, "predicted": predicted[a, op], "counted": sent[a, op]} for a, op in rows
+                    {"axis": a, "op": op, "predicted": predicted[a, op], "counted": sent[a, op]} for a, op in keys
                 ]
             }
             write_json(self.ready.folder / "traffic.json", self.traffic | {"steps": self.ready.run.train.steps})

@@ -30,7 +30,9 @@ from .data.loader import Batch, Loader, data_rows
 from .launch import launch, under_torchrun
 from .mesh import Mesh
 from .model.costs import parameters
+from .moe.dispatch import recording
 from .monitoring.report import write_report
+from .parallel.expert_traffic import Decided, Rows, rows_of_step
 from .parallel.gather import gather
 from .parallel.parallelize import Parallel, parallelize
 from .ready import ReadyRun, make_ready, start_folder
@@ -151,7 +153,7 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
     # step and observe
     stop = _StopRequest()
     recorder = Recorder(ready, device) if mesh.rank == 0 else None
-    done, result, started = 0, None, time.monotonic()
+    done, result, started, rows = 0, None, time.monotonic(), None
     with ExitStack() as stack:
         if recorder:
             stack.enter_context(recorder)
@@ -159,11 +161,13 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
             before = time.monotonic()
             lr = learning_rate(train, step)
             set_learning_rate(optimizer, lr)
-            with ledger.recording() as sent:
+            with ledger.recording() as sent, recording(step == 0) as decided:
                 result = train_step(parallel, optimizer, share(text, step), stop.requested)
             done = step + 1
+            if step == 0 and run.mesh.ep > 1:
+                rows = _rows(run, decided)
             if recorder:
-                recorder.step(done, result, lr, time.monotonic() - before, sent)
+                recorder.step(done, result, lr, time.monotonic() - before, sent, rows)
             if result.stop:
                 break
             if train.eval_every and done % train.eval_every == 0 and done < train.steps:
@@ -190,6 +194,14 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
             return {}
         seen *= train.batch_size * train.seq_len
         return recorder.finish(state, done, result, val_loss, val_tokens, seen, seconds, stopped)
+
+
+def _rows(run: RunConfig, decided: Decided) -> Rows:
+    """How many rows this rank has sent to experts and received for its own in a step, from what all routers decided."""
+    logs: list[Decided] = [[]] * run.mesh.world_size
+    dist.all_gather_object(logs, decided)
+    assert run.model.moe is not None
+    return rows_of_step(logs, run.mesh, run.model.moe, run.train.micro_batches)[dist.get_rank()]
 
 
 def _whole_weights(parallel: Parallel) -> dict[str, torch.Tensor]:

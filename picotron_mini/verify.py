@@ -32,7 +32,7 @@ from .legality import resolve
 from .mesh import Mesh, coordinates
 from .model.gpt import IGNORE
 from .moe.dispatch import recording
-from .parallel.expert_traffic import Choices, Rows, rows_of_step
+from .parallel.expert_traffic import Decided, Rows, rows_of_step
 from .parallel.parallelize import check_frozen, layout_of, parallelize
 from .parallel.traffic import Traffic, predict_step
 from .parity import Difference, Errors, Report, named
@@ -40,7 +40,6 @@ from .reference import Snapshot, reference
 from .training.optimizer import make_optimizer
 from .training.step import apply_gradients, compute_gradients, gradients_of
 
-Decided = Sequence[tuple[int, Choices]]  # what `moe.dispatch.recording` has noted, as lists
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -103,7 +102,7 @@ def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callabl
             weights = {n: m.detach().cpu().clone() for n, m in parallel.masters.items()}
             routing = parallel.routers.noted(result.routing) if parallel.routers and result.routing else {}
             snapshots.append(Snapshot(result.loss, result.grad_norm, gradients, weights, routing))
-        out.append((snapshots, dict(sent), [(layer, slots.tolist()) for layer, slots in decided]))
+        out.append((snapshots, dict(sent), decided))
     return out
 
 

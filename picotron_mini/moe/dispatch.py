@@ -111,7 +111,7 @@ class ExpertDispatch:
         """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
         slots = experts if self.slot is None else torch.where(experts < 0, -1, self.slot[experts])
         for log in _LOGS:
-            log.append((self.layer, slots.detach().cpu()))
+            log.append((self.layer, slots.tolist()))
         cut = [range(i * len(x) // self.parts, (i + 1) * len(x) // self.parts) for i in range(self.parts)]
         cuts = [slice(each.start, each.stop) for each in cut]
         plans = plan([slots[each] for each in cuts], self.axis, self.held)
@@ -139,15 +139,20 @@ class ExpertDispatch:
         return trips[0].start(x[plan.token]), trips[1].start(meta), (trips[0], trips[1])
 
 
-_LOGS: list[list[tuple[int, Tensor]]] = []
+_LOGS: list[list[tuple[int, list[list[int]]]]] = []
 
 
 @contextmanager
-def recording() -> Iterator[list[tuple[int, Tensor]]]:
-    """Record, inside the `with` block, what every dispatch of this rank was asked for: its layer, and slots [N, K]."""
-    log: list[tuple[int, Tensor]] = []
-    _LOGS.append(log)
+def recording(wanted: bool = True) -> Iterator[list[tuple[int, list[list[int]]]]]:
+    """Record, inside the `with` block, what every dispatch of this rank was asked for: its layer, and slots [N, K].
+
+    Args:
+        wanted: for a loop in which only some turns are recorded: a GPU would have to wait in each.
+    """
+    log: list[tuple[int, list[list[int]]]] = []
+    if wanted:
+        _LOGS.append(log)
     try:
         yield log
     finally:
-        _LOGS.remove(log)
+        _LOGS[:] = [other for other in _LOGS if other is not log]

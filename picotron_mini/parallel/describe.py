@@ -27,6 +27,9 @@ WHEN = {
     ("cp", "all_to_all"): "tokens against heads, before and after each layer's attention, forward and backward",
     ("cp", "all_gather"): "documents of the whole sequence, for each layer's attention",
     ("pp", "send"): "hidden states to the next stage, their gradients to the previous one; a tied embedding",
+    ("ep", "all_to_all"): "tokens to their experts and back, forward and backward; as many as if chosen evenly",
+    ("ep", "counts"): "how many tokens will come, before they do: control traffic",
+    ("edp", "all_reduce"): "gradients of experts, while the last micro-batch's backward runs",
     ("world", "all_reduce"): "loss, gradient norm and stop flag, at the end of the step",
 }
 
@@ -40,6 +43,8 @@ ZERO = {  # ... and with zero=1, 2, 3
         "gradients, while each micro-batch's backward runs",
         "gradients of each unit after its backward, in each micro-batch",
     ],
+    ("edp", "reduce_scatter"): ["gradients of experts, as those of all else over dp"] * 3,
+    ("edp", "all_gather"): ["weights of experts, as those of all else over dp"] * 3,
     ("dp", "all_gather"): [
         "the updated weights, after the optimizer",
         "the updated weights, after the optimizer",

@@ -20,6 +20,7 @@ from ..mesh import expert_axis_of
 
 Rows = Mapping[int, tuple[int, int]]  # layer -> rows that a rank sends, and receives, in one forward of a whole step
 Choices = Sequence[Sequence[int]]  # of each token the slots of its experts, -1 for none
+Decided = Sequence[tuple[int, Choices]]  # what the routers of a rank decided, layer by layer
 
 
 def rows_for(choices: Choices, ranks: int, held: int) -> list[int]:
@@ -31,12 +32,11 @@ def rows_for(choices: Choices, ranks: int, held: int) -> list[int]:
     return out
 
 
-def rows_of_step(logs: Sequence[Sequence[tuple[int, Choices]]], mesh: MeshShape, moe: MoEConfig, m: int) -> list[Rows]:
+def rows_of_step(logs: Sequence[Decided], mesh: MeshShape, moe: MoEConfig, m: int) -> list[Rows]:
     """The rows of every rank in one step, by rank, from what all ranks' routers decided.
 
     Args:
-        logs: of each rank, every decision: the layer, and the choices. A layer that is computed again in the backward
-            decides again, the same.
+        logs: of each rank. A layer that is computed again in the backward decides again, the same.
         m: micro-batches.
     """
     held = moe.num_experts // mesh.ep
