@@ -1,0 +1,285 @@
+"""Experts on several ranks: who holds which, over which ranks gradients are summed, and that all equals one device."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from picotron_mini.config import ConfigError, DataConfig, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from picotron_mini.layout import to_json
+from picotron_mini.legality import resolve
+from picotron_mini.mesh import Mesh, coordinates, data_axis_of, expert_axis_of
+from picotron_mini.model.gpt import initial_weight
+from picotron_mini.parallel.describe import describe
+from picotron_mini.parallel.footprint import footprint
+from picotron_mini.parallel.gather import gather
+from picotron_mini.parallel.parallelize import Parallel, layout_of, parallelize
+from picotron_mini.parallel.traffic import predict_step
+from picotron_mini.verify import EXPERTS, MODEL, TRAIN, verify
+
+MOE = replace(MODEL, num_layers=2, moe=EXPERTS)
+TWO_STEPS = replace(TRAIN, steps=2)
+
+
+def ready(layout: str, model: ModelConfig = MOE, **train: object) -> RunConfig:
+    return resolve(RunConfig(layout=layout, model=model, train=replace(TRAIN, **train)))  # type: ignore[arg-type]
+
+
+# --- the sparse view --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MeshShape(dp=4, ep=2),
+        MeshShape(dp=2, cp=2, ep=2),
+        MeshShape(dp=2, cp=2, ep=4),
+        MeshShape(pp=2, dp=2, tp=2, ep=2),
+        MeshShape(dp=6, ep=3),
+    ],
+    ids=str,
+)
+def test_ep_and_edp_deal_out_the_data_ranks(shape: MeshShape) -> None:
+    for rank in range(shape.world_size):
+        ep, edp = (expert_axis_of(shape, rank, name) for name in ("ep", "edp"))
+        assert ep.ranks[ep.index] == edp.ranks[edp.index] == rank
+        assert (ep.size, edp.size) == (shape.ep, shape.edp)
+        assert set(ep.ranks) & set(edp.ranks) == {rank}
+        met = {other for member in ep.ranks for other in expert_axis_of(shape, member, "edp").ranks}
+        assert met == set(data_axis_of(shape, rank).ranks)
+        index = coordinates(shape, rank)
+        assert (index["ep"], index["edp"]) == (ep.index, edp.index)
+        assert Mesh(shape, rank)["ep"] == ep and Mesh(shape, rank)["edp"] == edp
+
+
+def test_the_picture_in_the_docstring() -> None:
+    shape = MeshShape.parse("dp=4,ep=2")
+    assert [coordinates(shape, r)["ep"] for r in range(4)] == [0, 1, 0, 1]
+    assert [coordinates(shape, r)["edp"] for r in range(4)] == [0, 0, 1, 1]
+    assert expert_axis_of(shape, 2, "ep").ranks == (2, 3) and expert_axis_of(shape, 2, "edp").ranks == (0, 2)
+    assert shape.world_size == 4 and str(shape) == "dp=4,ep=2"
+    assert "ep" not in coordinates(MeshShape(dp=4), 1)
+
+
+def test_without_ep_nothing_is_new_in_a_layout_file() -> None:
+    run = ready("dp=2", MODEL)
+    assert to_json(layout_of(run), run.mesh)["axes"] == {"pp": 1, "dp": 2, "cp": 1, "tp": 1}
+    run = ready("dp=2,ep=2")
+    assert to_json(layout_of(run), run.mesh)["axes"]["ep"] == 2
+
+
+# --- the layout -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("layout", ["dp=4,ep=2", "dp=2,tp=2,ep=2", "dp=2,cp=2,ep=2", "dp=2,ep=2", "dp=2,pp=2,ep=2"])
+def test_every_element_counts_once(layout: str, zero: int) -> None:
+    run = ready(layout, zero=zero, seq_len=16)
+    for name, place in layout_of(run).items():
+        counted = torch.zeros(place.shape, dtype=torch.int64)
+        for rank in range(run.mesh.world_size):
+            index = coordinates(run.mesh, rank)
+            if place.holds(index) and place.counts(index):
+                counted[place.slices(index)] += 1
+        assert counted.eq(1).all(), name
+
+
+def test_where_experts_live() -> None:
+    places = layout_of(ready("dp=4,ep=2", zero=1))
+    gate, router = places["layers.1.mlp.experts.gate"], places["layers.1.mlp.router.weight"]
+    assert gate.sum_axes == ("edp",) and router.sum_axes == ("dp", "tp")
+    assert [shard.axis for shard in gate.shards] == ["ep", "edp"]
+    held = [gate.slices(coordinates(MeshShape(dp=4, ep=2), rank))[0] for rank in range(4)]
+    assert held == [slice(0, 2), slice(4, 6), slice(2, 4), slice(6, 8)]
+    both = layout_of(ready("dp=2,tp=2,ep=2"))["layers.1.mlp.experts.down"]
+    assert [(shard.axis, shard.dim) for shard in both.shards] == [("ep", 0), ("tp", 2)]
+    assert layout_of(ready("dp=4"))["layers.1.mlp.experts.gate"].sum_axes == ("dp",)
+
+
+def test_a_rank_keeps_a_share_of_the_experts() -> None:
+    whole, spread = (
+        footprint(run, layout_of(run), coordinates(run.mesh, 0)) for run in map(ready, ("dp=4", "dp=4,ep=4"))
+    )
+    experts = 8 * 3 * 32 * 16  # of the one sparse layer
+    assert whole.weights - spread.weights == 8 * experts * 3 // 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "train", "said"),
+    [
+        ("ep=2", MOE, {}, "ep=2 does not divide dp*cp=1, and experts are spread over those ranks; ep could be 1"),
+        ("dp=4,ep=3", MOE, {}, "ep=3 does not divide dp*cp=4"),
+        ("dp=6,ep=3", MOE, {}, "ep=3 does not divide num_experts=8; ep could be 1 or 2, or num_experts=6 or 9"),
+        ("dp=2,ep=2", MODEL, {}, "ep=2 spreads experts, and this model has none"),
+        ("dp=4,ep=2", MOE, {"zero": 1, "zero_group": 2}, "zero_group=2 cuts dp in groups, and ep=2 cuts it anew"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(
+    layout: str, model: ModelConfig, train: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        ready(layout, model, **train)
+
+
+def test_describe_says_where_experts_are_and_when_tokens_travel() -> None:
+    out = io.StringIO()
+    Console(width=220, file=out).print(describe(ready("dp=4,ep=2", zero=1)))
+    text = out.getvalue()
+    assert re.search(r"experts\.gate +│ \[8, 16, 32\].*dim 0 over ep: 4\+4; dim 0 over edp: 2\+2 +│ edp", text), text
+    assert re.search(r"ep +│ all_to_all +│ tokens to their experts and back", text)
+    assert re.search(r"ep +│ counts", text) and re.search(r"edp +│ reduce_scatter +│ gradients of experts", text)
+
+
+def test_bytes_by_hand() -> None:
+    """dp=2, ep=2: experts are on one rank each, so only the tokens travel."""
+    run = ready("dp=2,ep=2", replace(MOE, num_layers=1, moe=replace(EXPERTS, dense_layers=0)))
+    rows = {0: (10, 20)}  # sent and received
+    found = predict_step(run, layout_of(run), coordinates(run.mesh, 0), rows)
+    row, beside = 32 * 8, 2 * 3 * 8
+    assert found["ep", "all_to_all"] == (10 * (row + beside) + 20 * row) + (10 * row + 20 * (row + beside))
+    assert found["ep", "counts"] == 3 * 2 * 2 * 8
+    assert ("edp", "all_reduce") not in found
+    frozen = replace(run, train=replace(run.train, freeze=("",)))
+    assert predict_step(frozen, layout_of(run), coordinates(run.mesh, 0), rows)["ep", "all_to_all"] == (
+        10 * (row + beside) + 20 * row
+    )
+
+
+# --- parity -----------------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "alone": ("dp=2,ep=2", {}, {}),
+    "two copies": ("dp=4,ep=2", {}, {}),
+    "an expert each": ("dp=4,ep=4", {"num_experts": 4}, {"micro_batch_size": 1}),
+    "with tensor": ("dp=2,tp=2,ep=2", {}, {"sequence_parallel": True}),
+    "with context": ("dp=2,cp=2,ep=4", {"capacity": 0.5}, {"seq_len": 16, "document_mask": True}),
+    "context only": ("cp=2,ep=2", {"choice": "expert", "balance": "none"}, {"seq_len": 16, "context": "ulysses"}),
+    "in stages": ("dp=2,pp=2,ep=2", {"balance": "bias", "score": "sigmoid", "dense_layers": 0}, {}),
+    "in a V, halves of the backward apart": ("dp=2,pp=2,ep=2", {}, {"schedule": "zb-v", "micro_batches": 4}),
+    "eight ranks, all axes": ("dp=2,tp=2,pp=2,ep=2", {}, {"recompute": "full"}),
+    "eight ranks, three copies less one": ("dp=8,ep=4", {"aux_scope": "sequence"}, {"recompute": "selective"}),
+    "zero 1": ("dp=4,ep=2", {}, {"zero": 1}),
+    "zero 2, context": ("dp=2,cp=2,ep=2", {}, {"zero": 2, "seq_len": 16}),
+    "zero 3, recomputed": ("dp=4,ep=2", {}, {"zero": 3, "recompute": "full"}),
+    "zero 3, one copy of the experts": ("dp=2,ep=2", {}, {"zero": 3}),
+    "zero 3, an expert for two owners": ("dp=4,ep=2", {"num_experts": 2, "top_k": 2}, {"zero": 3}),
+    "only the routers trained": (
+        "dp=2,ep=2",
+        {"dense_layers": 0},
+        {
+            "freeze": (
+                "embed",
+                "norm",
+                *(f"layers.{i}.{p}" for i in range(2) for p in ("att", "mlp_", "mlp.e", "mlp.s")),
+            )
+        },
+    ),
+    "only the experts trained": (
+        "dp=4,ep=2",
+        {"dense_layers": 0},
+        {
+            "freeze": (
+                "embed",
+                "norm",
+                *(f"layers.{i}.{p}" for i in range(2) for p in ("att", "mlp_", "mlp.r", "mlp.s")),
+            )
+        },
+    ),
+    "experts frozen": ("dp=4,ep=2", {}, {"freeze": ("layers.1.mlp.experts",), "zero": 1}),
+}
+
+
+@pytest.mark.parametrize("case", [c if c == "alone" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+def test_parity(case: str) -> None:
+    layout, moe, train = CASES[case]
+    layers = 4 if train.get("schedule") == "zb-v" else MeshShape.parse(layout).pp + 1
+    model = replace(MODEL, num_layers=layers, moe=replace(EXPERTS, **moe))  # type: ignore[arg-type]
+    report = verify(layout, model, replace(TWO_STEPS, **train))  # type: ignore[arg-type]
+    found = [f"{d.quantity}: {d.error:.2e} at {d.where}" for d in report.differences]
+    assert report.ok, f"{report.layout}: first {report.first_divergence}; {found}; {report.bytes_problems}"
+    assert report.bytes_counted["ep all_to_all"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_narrow_dtypes_are_as_exact_as_one_device_in_them(dtype: str) -> None:
+    report = verify("dp=4,ep=2", MOE, replace(TWO_STEPS, dtype=dtype))
+    assert report.ok, report.to_dict()
+    assert report.max_rel_err > 1e-9
+
+
+def test_a_dense_model_is_given_experts_by_verify() -> None:
+    report = verify("dp=2,ep=2", replace(MODEL, num_layers=2), replace(TWO_STEPS, steps=1), optimizers=["sgd"])
+    assert report.ok and report.bytes_predicted["ep all_to_all"] == report.bytes_counted["ep all_to_all"] > 0
+
+
+# --- weights put together, and a whole run ------------------------------------------------------------------
+
+
+def whole(parallel: Parallel) -> dict[str, torch.Tensor]:
+    out = {}
+    for name, place in parallel.layout.items():
+        tensor = gather(parallel.masters.get(name), place, parallel.mesh, torch.float64, parallel.device)
+        if tensor is not None:
+            out[name] = tensor
+    return out
+
+
+def gathered(run: RunConfig) -> dict[str, torch.Tensor]:
+    return whole(parallelize(run, Mesh.build(run.mesh), torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("layout", "zero"), [("dp=4,ep=2", 0), ("dp=4,ep=2", 3), ("dp=2,tp=2,ep=2", 1)])
+def test_weights_come_together_whole_and_start_as_on_one_device(ranks, layout: str, zero: int) -> None:
+    run = ready(layout, zero=zero)
+    found = ranks(gathered, run, world_size=run.mesh.world_size)[0]
+    for name, place in layout_of(run).items():
+        assert torch.equal(found[name], initial_weight(run.model, name, place.shape, run.train.seed).double()), name
+
+
+@pytest.mark.slow
+def test_a_run_trains_validates_saves_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from picotron_mini.train import train
+    from picotron_mini.write import Wish, write
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(600)))
+    model = ModelConfig(
+        hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2,
+        moe=MoEConfig(num_experts=4, expert_size=8),
+    )  # fmt: skip
+    settings = TrainConfig(
+        steps=3,
+        seq_len=16,
+        batch_size=8,
+        micro_batch_size=2,
+        eval_every=2,
+        eval_batches=1,
+        warmup_steps=0,
+        device="cpu",
+    )
+    losses = []
+    for name, layout in (("one", "dp=1"), ("ep", "dp=4,ep=2")):
+        micro = settings.micro_batch_size if layout != "dp=1" else 8  # so that pools of tokens are the same
+        run = RunConfig(
+            layout=layout, name=name, out=str(tmp_path), model=model, data=DataConfig(text=(str(text),)),
+            train=replace(settings, micro_batch_size=micro),
+        )  # fmt: skip
+        losses.append(train(run)["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    rows = json.loads((tmp_path / "ep" / "traffic.json").read_text())["per_step"]
+    assert all(row["predicted"] == row["counted"] for row in rows)
+    assert {(row["axis"], row["op"]) for row in rows} >= {("ep", "all_to_all"), ("edp", "all_reduce")}
+    capfd.readouterr()
+    written = []
+    for layout in ("dp=1", "dp=2,ep=2"):
+        write(str(tmp_path / "ep"), Wish("7 times", 12, seed=1), "cpu", layout)
+        written.append(capfd.readouterr().out)
+    assert written[0].startswith("7 times") and written[0].strip() in written[1]
