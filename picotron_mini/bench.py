@@ -52,6 +52,8 @@ def bench(run: RunConfig, warmup: int = 3) -> dict[str, Any]:
         "dtype": train.dtype,
         "compile": train.compile,
         "parameters": parameters(run.model),
+        "active_parameters": parameters(run.model, active=True),
+        "max_load": ranks[0]["max_load"],
         "seq_len": train.seq_len,
         "micro_batch_size": train.micro_batch_size,
         "micro_batches": train.micro_batches,
@@ -80,11 +82,12 @@ def _on_rank(run: RunConfig, warmup: int) -> dict[str, Any]:
         _wait(device)
         start = time.perf_counter()
         with ledger.recording() as sent:
-            train_step(parallel, optimizer, batches)
+            result = train_step(parallel, optimizer, batches)
         _wait(device)
         seconds.append(time.perf_counter() - start)
     return {
         "step_seconds": seconds[warmup:],
+        "max_load": result.routing.metrics()["moe_max_load"] if result.routing else None,
         "peak_memory_bytes": memory_bytes(device),
         "bytes_per_step": {f"{axis} {op}": n for (axis, op), n in sent.items()},
         "peak_flops": peak_flops(device),
@@ -127,6 +130,9 @@ def table(result: dict[str, Any]) -> Table:
         out.add_column(column)
     seconds = result["step_seconds"]
     out.add_row("parameters", f"{result['parameters']:,}")
+    if result.get("max_load") is not None:
+        out.add_row("parameters that a token passes", f"{result['active_parameters']:,}")
+        out.add_row("busiest expert, over its even share", f"{result['max_load']:.2f}")
     out.add_row("tokens/s per rank", f"{result['tokens_per_second_per_rank']:,.0f}")
     out.add_row(
         "MFU (6N + 12 L H Dh T)", f"{100 * result['mfu']:.1f} %" if result["mfu"] else "not known on this device"

@@ -282,7 +282,7 @@ def moe_problems(model: ModelConfig) -> list[str]:
         found.append(f"groups={moe.groups} does not divide num_experts={moe.num_experts}; groups could be {fits}")
     elif moe.limit_groups > moe.groups:
         found.append(f"limit_groups={moe.limit_groups} is more than groups={moe.groups}")
-    elif moe.top_k > (most := moe.limit_groups * moe.num_experts // moe.groups):
+    elif moe.groups > 1 and moe.top_k > (most := moe.limit_groups * moe.num_experts // moe.groups):
         found.append(
             f"top_k={moe.top_k} is more than the {most} experts of limit_groups={moe.limit_groups} of "
             f"groups={moe.groups}; use top_k<={most}, or more limit_groups"

@@ -14,6 +14,7 @@ from .model.costs import flops_per_token, parameters
 from .model.generate import generate
 from .model.gpt import GPT
 from .model.hf import save_hf
+from .monitoring.experts import specialisation
 from .monitoring.metrics import MetricsWriter, memory_bytes
 from .monitoring.peak import peak_flops
 from .monitoring.progress import Progress as LiveProgress
@@ -24,6 +25,7 @@ from .ready import ReadyRun, write_json
 from .training.step import StepResult
 
 SAMPLE_TOKENS = 120
+SPECIALISATION_TOKENS = 8192  # of the held-out text, to see which expert gets what
 
 
 class Recorder:
@@ -41,6 +43,7 @@ class Recorder:
         self.bits_per_byte_per_nat = text.val_tokens / max(text.val_bytes, 1) / math.log(2)
         self.metrics = MetricsWriter(ready.folder / "metrics.jsonl")
         self.progress = LiveProgress(run.train.steps)
+        self.told = False  # of routers that diverged
 
     def __enter__(self) -> Recorder:
         self.metrics.__enter__()
@@ -55,10 +58,16 @@ class Recorder:
         self, step: int, result: StepResult, lr: float, seconds: float, sent: Any, rows: Rows | None = None
     ) -> None:
         speed, memory = result.tokens / seconds, memory_bytes(self.device)
+        routing = result.routing.metrics() if result.routing else {}
         self.metrics.write(
             step=step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens=result.tokens,
-            tokens_per_second=speed, memory_bytes=memory,
+            tokens_per_second=speed, memory_bytes=memory, **routing,
         )  # fmt: skip
+        if (odd := routing.get("moe_not_finite", 0)) and not self.told:
+            self.told = True
+            self.progress.say(
+                f"step {step}: routers gave {odd} tokens logits that are not finite; the run has diverged"
+            )
         self.progress.step(step, result.loss, speed, memory)
         if step == 1:
             predicted = predict_step(self.ready.run, self.layout, coordinates(self.ready.run.mesh, 0), rows)
@@ -92,6 +101,7 @@ class Recorder:
         speed = run.train.batch_size * run.train.seq_len * done / seconds if done else 0.0
         peak = peak_flops(self.device)
         flops = flops_per_token(run.model, run.train.seq_len) * speed / run.mesh.world_size
+        model = self._model(state)
         baseline = (train_tokens, val, run.model.vocab_size, self.token_bytes.numpy())
         summary = {
             "steps_done": done,
@@ -108,23 +118,36 @@ class Recorder:
             "seconds": seconds,
             "parameters": parameters(run.model),
             "mfu": flops / peak if peak else None,
-            "sample": self._sample(state),
+            "sample": self._sample(model),
             "data": {"description": text.source, "digest": text.text_sha256, "bytes": text.text_bytes} | asdict(text),
             "peak_memory_bytes": memory_bytes(self.device),
         }
+        if run.model.moe is not None:
+            summary |= {"active_parameters": parameters(run.model, active=True), "experts": self._experts(model)}
         write_json(folder / "summary.json", summary)
         return summary
 
-    def _sample(self, state: dict[str, torch.Tensor]) -> dict[str, str]:
+    def _model(self, state: dict[str, torch.Tensor]) -> GPT:
         model = GPT(self.ready.run.model)
         model.load_state_dict(state | ({"head.weight": state["embed.weight"]} if model.config.tie_embeddings else {}))
-        prompt = "def "
+        return model.to(self.device)
+
+    def _sample(self, model: GPT) -> dict[str, str]:
+        prompt, moe = "def ", model.config.moe
+        if moe is not None and moe.choice == "expert":
+            return {"prompt": "", "text": "(experts that choose tokens look ahead, so this model cannot write)"}
         tokens = torch.tensor([self.tokenizer.encode(prompt)])
-        model.to(self.device)
         # a run that has diverged has no probabilities to draw from; its summary must be written all the same
-        finite = all(bool(weight.isfinite().all()) for weight in state.values())
+        finite = all(bool(weight.isfinite().all()) for weight in model.parameters())
         out = generate(
             model, tokens.to(self.device), SAMPLE_TOKENS, temperature=0.8 if finite else 0.0,
             stop_token=self.tokenizer.end,
         )[0].tolist()  # fmt: skip
         return {"prompt": prompt, "text": self.tokenizer.decode([t for t in out if t != self.tokenizer.end])}
+
+    def _experts(self, model: GPT) -> dict[str, Any]:
+        """What the experts have specialised in, on a few held-out sequences."""
+        length = self.ready.run.train.seq_len
+        ids = torch.as_tensor(self.ready.prepared.tokens("val")[:SPECIALISATION_TOKENS].astype("int64"))
+        rows = ids[: len(ids) // length * length].view(-1, length) if len(ids) >= length else ids[None]
+        return specialisation(model, rows.to(self.device), lambda token: self.tokenizer.decode([token]))

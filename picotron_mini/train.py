@@ -71,7 +71,9 @@ def train(run: RunConfig) -> dict[str, Any]:
         _report_so_far(ready)
         raise
     report = write_report(ready.folder)
-    print(f'\n{_result(values[0])}\nreport: {report}\nwrite with it: picotron-mini generate {ready.folder} "def "')
+    print(f"\n{_result(values[0])}\nreport: {report}")
+    if values[0]["sample"]["prompt"]:  # it can write
+        print(f'write with it: picotron-mini generate {ready.folder} "def "')
     return values[0]
 
 
@@ -120,8 +122,10 @@ def _report_so_far(ready: ReadyRun) -> None:
 
 def _headline(ready: ReadyRun) -> str:
     run = ready.run
+    number = f"{parameters(run.model) / 1e6:.1f} million parameters"
+    number += f" ({parameters(run.model, active=True) / 1e6:.1f} for a token)" if run.model.moe else ""
     return (
-        f"{parameters(run.model) / 1e6:.1f} million parameters on {run.mesh.world_size} {run.train.device} rank(s), "
+        f"{number} on {run.mesh.world_size} {run.train.device} rank(s), "
         f"{run.layout}, {run.train.dtype}; {ready.prepared.train_tokens:,} tokens of {ready.prepared.source}\n"
         f"run folder: {ready.folder}"
     )
@@ -212,6 +216,8 @@ def _whole_weights(parallel: Parallel) -> dict[str, torch.Tensor]:
         whole = gather(parallel.masters.get(name), place, parallel.mesh, dtype, parallel.device)
         if whole is not None:
             out[name] = whole.cpu()
+    if out and parallel.routers is not None:  # every rank knows the biases of all layers
+        out |= {name: bias.cpu() for name, bias in parallel.routers.named_biases().items()}
     return out
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from picotron_mini.config import UserError
+from picotron_mini.monitoring.experts import experts_section
 from picotron_mini.monitoring.metrics import NOT_FINITE, Metrics, read_metrics
 from picotron_mini.monitoring.page import document, escape, settings_tables
 from picotron_mini.monitoring.placement import placement_section
@@ -61,6 +62,7 @@ def write_report(run_dir: Path) -> Path:
         _facts(metrics, summary),
         f"<h2>Loss</h2>{_loss(metrics, summary)}",
         _rates(metrics),
+        experts_section(metrics.training, summary.get("experts")),
         _sample(summary),
         f"<h2>Where each parameter lives</h2>{placement_section(layout)}" if layout else "",
         f"<h2>Bytes each axis sent</h2>{traffic_section(traffic, _done(metrics, summary))}" if traffic else "",

@@ -53,8 +53,31 @@ ZERO = {  # ... and with zero=1, 2, 3
 }
 
 
+EXPERTS = {  # ... and what routers add
+    ("dp", "all_reduce"): "rows of each expert, for the auxiliary loss, beside forward and backward",
+    ("dp_cp", "all_reduce"): "rows of each expert, for the auxiliary loss, beside forward and backward",
+    ("cp", "all_reduce"): "rows of each expert in each sequence, for the auxiliary loss, beside forward and backward",
+    ("cp", "all_gather"): "what each token of the sequence chose, or its scores, in each layer with experts",
+    ("world", "all_reduce"): "rows, drops and auxiliary losses of each layer with experts",
+}
+
+
 def _when(run: RunConfig, key: tuple[str, str]) -> str:
-    return ZERO[key][run.train.zero - 1] if run.train.zero and key in ZERO else WHEN[key]
+    text = ZERO[key][run.train.zero - 1] if run.train.zero and key in ZERO else WHEN.get(key, "")
+    moe = run.model.moe
+    if moe is None or key not in EXPERTS:
+        return text
+    axis, operation = key
+    counted = moe.balance == "aux" and moe.aux_weight > 0
+    asked = moe.choice == "expert" or moe.capacity is not None
+    said = {
+        "dp": counted and moe.aux_scope == "global",
+        "cp": asked if operation == "all_gather" else counted and moe.aux_scope == "sequence",
+    }
+    if key == ("cp", "all_gather") and not (run.train.context == "ulysses" and run.train.document_mask):
+        text = ""  # nobody asks for documents
+    more = EXPERTS[key] if said.get(axis.removesuffix("_cp"), True) else ""
+    return "; ".join(part for part in (text, more) if part)
 
 
 def describe(run: RunConfig) -> RenderableType:

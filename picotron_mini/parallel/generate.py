@@ -48,6 +48,8 @@ def load_parallel(
     with torch.no_grad():
         for name, parameter in parallel.parameters.items():
             parameter.copy_(state[name][parallel.layout[name].slices(index)])
+    if parallel.routers is not None:
+        parallel.routers.load(state)
     return parallel
 
 
