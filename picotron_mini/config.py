@@ -183,6 +183,8 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()  # parameters that stay as they are, by how their names begin, as embed or layers.0
     bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
+    dispatch_parts: int = 1  # of the tokens on their way to experts on other ranks: one computes, the next travels
+    place_every: int = 0  # steps after which experts are spread over ep anew, by their load; 0: they stay
     zero_group: int = 0  # dp ranks that share one copy of what zero cuts; 0: all of them, fewer: HSDP
     eval_every: int = 100  # steps between validations; 0: only at the end
     eval_batches: int = 8

@@ -41,7 +41,11 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
 def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """What keeps experts from being spread over ep ranks, in words; empty when nothing does."""
     if mesh.ep == 1:
-        return []
+        return [
+            f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={off}, or ep=2"
+            for name, off in (("dispatch_parts", 1), ("place_every", 0))
+            if getattr(train, name) != off
+        ]
     if model.moe is None:
         return [f"ep={mesh.ep} spreads experts, and this model has none; use ep=1, or give it experts (model.moe)"]
     found, ranks, number = [], mesh.dp * mesh.cp, model.moe.num_experts
@@ -137,6 +141,7 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; it could be {fits}")
     for name, least in (
         ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
+        ("dispatch_parts", 1), ("place_every", 0),
     ):  # fmt: skip
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")

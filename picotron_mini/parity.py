@@ -104,13 +104,17 @@ class Errors:
         self,
         snapshots: Sequence[Snapshot],
         truth: Sequence[Snapshot],
-        layout: Layout,
+        layouts: Sequence[Layout],
         index: Mapping[str, int],
         rank: int,
         with_weights: bool,
         run: RunConfig,
     ) -> None:
-        """Compare one rank's parts with the same parts of the reference."""
+        """Compare one rank's parts with the same parts of the reference.
+
+        Args:
+            layouts: of each step that is compared: experts may change their places.
+        """
         index = index or dict.fromkeys(AXES, 0)
         # below float64 the runs drift apart after the first update, in any layout
         steps = range(len(truth)) if run.train.dtype == "float64" else range(1)
@@ -118,7 +122,7 @@ class Errors:
             got, want = snapshots[step], truth[step]
             where = f"step {step}, rank {rank}, {run.train.optimizer}"
             self.note("loss", _relative(_scalar(got.loss), _scalar(want.loss)), where)
-            held = {name: place for name, place in layout.items() if place.holds(index)}
+            held = {name: place for name, place in layouts[step].items() if place.holds(index)}
             for quantity, mine, theirs in (
                 ("gradients", got.gradients, want.gradients),
                 ("weights", got.weights, want.weights),

@@ -22,6 +22,7 @@ from .parallel.expert_traffic import Rows
 from .parallel.parallelize import layout_of
 from .parallel.traffic import predict_step
 from .ready import ReadyRun, write_json
+from .training.migrate import Migration
 from .training.step import StepResult
 
 SAMPLE_TOKENS = 120
@@ -80,6 +81,14 @@ class Recorder:
             write_json(self.ready.folder / "traffic.json", self.traffic | {"steps": self.ready.run.train.steps})
         if result.stop:
             self.progress.say("stopping: saving weights and report")
+
+    def moved(self, step: int, what: Migration) -> None:
+        """Tell of experts that changed their ranks, of a layer of the first stage."""
+        self.metrics.write(step=step, placed_layer=what.layer, placed_before=what.before, placed_after=what.after)
+        self.progress.say(
+            f"step {step}, layer {what.layer}: {what.moved} experts changed their rank; the busiest rank had "
+            f"{what.before:.2f} times the mean load, and would have had {what.after:.2f}"
+        )
 
     def validation(self, step: int, loss: float, bits: float | None = None) -> None:
         bits = loss * self.bits_per_byte_per_nat if bits is None else bits

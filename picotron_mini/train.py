@@ -38,6 +38,7 @@ from .parallel.parallelize import Parallel, parallelize
 from .ready import ReadyRun, make_ready, start_folder
 from .record import Recorder
 from .training.lr import learning_rate
+from .training.migrate import Placer
 from .training.optimizer import make_optimizer, set_learning_rate
 from .training.step import evaluate, train_step
 
@@ -155,7 +156,7 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
     optimizer = make_optimizer(parallel.trained, train)
 
     # step and observe
-    stop = _StopRequest()
+    stop, placer = _StopRequest(), Placer(parallel, optimizer)
     recorder = Recorder(ready, device) if mesh.rank == 0 else None
     done, result, started, rows = 0, None, time.monotonic(), None
     with ExitStack() as stack:
@@ -174,6 +175,9 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
                 recorder.step(done, result, lr, time.monotonic() - before, sent, rows)
             if result.stop:
                 break
+            for each in placer.after(done, result.routing):
+                if recorder:
+                    recorder.moved(done, each)
             if train.eval_every and done % train.eval_every == 0 and done < train.steps:
                 batches = [b for n in range(min(train.eval_batches, held_out.num_batches)) for b in share(held_out, n)]
                 loss, *_ = evaluate(parallel, batches)

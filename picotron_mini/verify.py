@@ -32,11 +32,12 @@ from .legality import resolve
 from .mesh import Mesh, coordinates
 from .model.gpt import IGNORE
 from .moe.dispatch import recording
-from .parallel.expert_traffic import Decided, Rows, rows_of_step
+from .parallel.expert_traffic import Decided, Rows, Traffic, rows_of_step
 from .parallel.parallelize import check_frozen, layout_of, parallelize
-from .parallel.traffic import Traffic, predict_step
+from .parallel.traffic import predict_step
 from .parity import Difference, Errors, Report, named
 from .reference import Snapshot, reference
+from .training.migrate import Placer
 from .training.optimizer import make_optimizer
 from .training.step import apply_gradients, compute_gradients, gradients_of
 
@@ -73,7 +74,11 @@ def make_batches(run: RunConfig) -> list[Batch]:
 
 
 def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callable[[], Any] | None) -> list[Any]:
-    """What one rank computes for each run: its snapshots; of its last step the bytes, and what its routers decided."""
+    """What one rank computes for each run.
+
+    Returns:
+        Its snapshots; of its last step the bytes, and what its routers decided; in which order it kept experts.
+    """
     if patch is not None:
         patch()
     mesh = Mesh.build(runs[0].mesh)
@@ -85,8 +90,8 @@ def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callabl
         train = run.train
         parallel = parallelize(run, mesh, device)
         optimizer = make_optimizer(parallel.trained, train)
-        snapshots = []
-        for batch in batches:
+        placer, snapshots, orders = Placer(parallel, optimizer), [], []
+        for step, batch in enumerate(batches):
             mine = [
                 _select(
                     batch,
@@ -102,7 +107,9 @@ def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callabl
             weights = {n: m.detach().cpu().clone() for n, m in parallel.masters.items()}
             routing = parallel.routers.noted(result.routing) if parallel.routers and result.routing else {}
             snapshots.append(Snapshot(result.loss, result.grad_norm, gradients, weights, routing))
-        out.append((snapshots, dict(sent), decided))
+            orders.append({name: place.order for name, place in parallel.layout.items()})
+            placer.after(step + 1, result.routing)
+        out.append((snapshots, dict(sent), decided, orders))
     return out
 
 
@@ -157,9 +164,11 @@ def verify(
         with_weights = each.train.dtype == "float64" or each.train.optimizer == "sgd"
         if each.train.dtype != "float64":
             narrow = reference(each.model, each.train, batches, getattr(torch, each.train.dtype), device)
-            noise.compare(narrow, truth, layout_of(replace(each, layout="1")), {}, 0, with_weights, each)
+            noise.compare(narrow, truth, [layout_of(replace(each, layout="1"))], {}, 0, with_weights, each)
         for rank, results in enumerate(per_rank):
-            errors.compare(results[number][0], truth, whole, coordinates(run.mesh, rank), rank, with_weights, each)
+            index, (snapshots, *_, orders) = coordinates(run.mesh, rank), results[number]
+            places = [{name: replace(place, order=kept[name]) for name, place in whole.items()} for kept in orders]
+            errors.compare(snapshots, truth, places, index, rank, with_weights, each)
 
     torch.set_num_threads(threads)
 
@@ -179,7 +188,7 @@ def verify(
     )
     report.first_divergence = next((w for q, e, w in errors.seen if not e <= tolerance(q)), None)
     for rank, results in enumerate(per_rank):
-        for number, (_, counted, _) in enumerate(results):
+        for number, (_, counted, *_) in enumerate(results):
             mine = predicted[number][rank]
             if dict(mine) != counted:
                 report.bytes_problems.append(f"rank {rank}: predicted {named(mine)}, counted {named(counted)}")

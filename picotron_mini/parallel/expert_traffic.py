@@ -15,11 +15,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import comb
 
-from ..config import MeshShape, MoEConfig
+from ..config import MeshShape, MoEConfig, RunConfig
+from ..layout import Layout
 from ..mesh import expert_axis_of
+from ..moe.placement import Order
 
 Rows = Mapping[int, tuple[int, int]]  # layer -> rows that a rank sends, and receives, in one forward of a whole step
 Choices = Sequence[Sequence[int]]  # of each token the slots of its experts, -1 for none
+Traffic = Counter[tuple[str, str]]  # (axis, operation) -> bytes
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 Decided = Sequence[tuple[int, Choices]]  # what the routers of a rank decided, layer by layer
 
 
@@ -53,6 +57,45 @@ def rows_of_step(logs: Sequence[Decided], mesh: MeshShape, moe: MoEConfig, m: in
         {layer: (sent[r][layer] * m // times, received[r][layer] * m // times) for layer, times in decided[r].items()}
         for r in range(len(logs))
     ]
+
+
+def migration_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int], layer: int, after: Order) -> Traffic:
+    """What a rank hands over when the experts of one layer are brought into a new order.
+
+    Args:
+        layout: as it is before; the rank's stage holds the layer.
+    """
+    train, ep = run.train, run.mesh.ep
+    itemsize = ITEMSIZE[train.dtype]
+    wide, out = max(itemsize, 4), Counter[tuple[str, str]]()
+    for name, place in layout.items():
+        if not name.startswith(f"layers.{layer}.") or all(shard.axis != "ep" for shard in place.shards):
+            continue
+        number, rest = place.shape[0], place.without("ep", "edp")
+        row = rest.local_size(index) // number
+        before = place.order or tuple(range(number))
+        states = 2 if train.optimizer == "adamw" and not name.startswith(train.freeze) else 0
+        # the owner of a slot is a pair: its place along ep, and with ZeRO along edp
+        cut = next((shard.ranges[0][1] for shard in place.shards if shard.axis == "edp"), 0)
+        held = number // ep
+        by_ep = {slot: (slot // held, 0) for slot in range(number)}
+        by_owner = {slot: (slot // held, slot % held // cut if cut else 0) for slot in range(number)}
+        me = index["ep"], index["edp"] if cut else 0
+        if not cut:
+            out["ep", "all_to_all"] += _leaving(by_ep, me, before, after) * row * wide * (1 + states)
+            continue
+        apart = train.zero == 3 or itemsize < 4  # whether the master is no part of the weight
+        data = "dp" if run.mesh.cp == 1 else "dp_cp"
+        out[data, "all_to_all"] += _leaving(by_owner, me, before, after) * row * wide * (apart + states)
+        if train.zero < 3:
+            out["ep", "all_to_all"] += _leaving(by_ep, (me[0], 0), before, after) * row * itemsize
+    return +out
+
+
+def _leaving(owner: Mapping[int, tuple[int, int]], me: tuple[int, int], before: Order, after: Order) -> int:
+    """How many experts I own before and not after."""
+    mine, later = ({order[slot] for slot, who in owner.items() if who == me} for order in (before, after))
+    return len(mine - later)
 
 
 def even_rows(moe: MoEConfig, ep: int, tokens: int) -> int:

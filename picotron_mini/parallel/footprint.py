@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from ..config import RunConfig
 from ..layout import Layout
-from .traffic import ITEMSIZE
+from .expert_traffic import ITEMSIZE
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
-        expert_parallel(chunk, mesh["ep"])
+        expert_parallel(chunk, mesh["ep"], train.dispatch_parts)
         tensor_parallel(chunk, mesh["tp"], train.sequence_parallel)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own

@@ -38,7 +38,7 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
     tp      all_reduce    E D g a layer with experts            the router's gradient
     ep      all_to_all    S (D itemsize + 2 K w) + R D itemsize a layer with experts    rows S that a rank sends, R that
                           it receives in m micro-batches (`expert_traffic.py`); backward S D itemsize + R (the rest)
-            counts        16 m ep a layer with experts          control traffic: how many rows will come
+            counts        16 m ep parts a layer with experts          control traffic: how many rows will come
     edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp
 
 T is a rank's share of the sequence, T / cp; kv = 2 B T Hkv Dh, where H, Hkv are a rank's share of the heads, / tp. With
@@ -56,13 +56,11 @@ from collections.abc import Iterable, Mapping
 from ..config import RunConfig
 from ..layout import Layout, Placement
 from .actions import route_of
-from .expert_traffic import Rows, even_rows
+from .expert_traffic import ITEMSIZE, Rows, Traffic, even_rows
 
-ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 # the first parameter of what is one tensor-parallel pair, and the last of its products
 ENTRIES = ("attention.q.weight", "mlp.gate.weight", "mlp.router.weight")
 EXITS = ("attention.o.weight", "mlp.down.weight", "mlp.experts.down")
-Traffic = Counter[tuple[str, str]]  # (axis, operation) -> bytes
 
 
 def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows: Rows | None = None) -> Traffic:
@@ -152,7 +150,7 @@ def _dispatch(run: RunConfig, names: list[str], trained: set[str], rows: Rows, f
             forwards = 1 + ((flows or bool(own)) and train.recompute != "none")
             out["ep", "all_to_all"] += forwards * (sent * (row + beside) + received * row)
             out["ep", "all_to_all"] += made * sent * row + flows * received * row + weighed * received * beside
-            out["ep", "counts"] += forwards * train.micro_batches * 16 * run.mesh.ep
+            out["ep", "counts"] += forwards * train.micro_batches * train.dispatch_parts * 16 * run.mesh.ep
         flows = flows or bool(own)
     return out
 
