@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from picotron_mini.config import ConfigError, ModelConfig, MoEConfig
 from picotron_mini.model import costs
+from picotron_mini.model.balancing import Balance
 from picotron_mini.model.generate import KeyValueCache, generate
-from picotron_mini.model.gpt import GPT, MLP, init_weights, parameter_shapes
+from picotron_mini.model.gpt import GPT, MLP, init_weights, parameter_shapes, rope
 from picotron_mini.model.moe import Experts, MoE, Pool, local_dispatch
 from picotron_mini.model.routing import room
 
@@ -290,3 +291,29 @@ def test_parameters_and_flops(config: ModelConfig) -> None:
     ):
         model(tokens)
     assert counter.get_total_flops() == 48 * sum(costs.layer_flops(config, 24, number) for number in range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [0, 8])
+@pytest.mark.parametrize("z_weight", [0.0, 0.1])
+def test_activation_bytes_are_what_autograd_keeps(dtype: torch.dtype, shared: int, z_weight: float) -> None:
+    config = replace(MODEL, moe=replace(MODEL.moe, shared_size=shared, z_weight=z_weight, dense_layers=0))  # type: ignore[type-var]
+    assert config.moe is not None
+    model = GPT(config)
+    init_weights(model, 0)
+    block = model.layers["0"].to(dtype)
+    x = torch.randn(2, 64, 16, dtype=dtype, requires_grad=True) * 1
+    cos, sin = rope(config, torch.arange(64)[None], dtype)
+    owned = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin)}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (address := tensor.untyped_storage().data_ptr()) not in owned:
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x, cos, sin, None, None, Pool(observe=Balance(config.moe, 128, 128).observe))
+    counted = sum(t.untyped_storage().nbytes() for t in kept.values())
+    router = 4 * 5 * 16 if dtype == torch.bfloat16 else 0  # the widened weight, whatever the number of tokens
+    assert counted == 128 * costs.layer_activation_bytes(config, dtype.itemsize) + router
