@@ -95,12 +95,13 @@ class Balance:
         if config.score == "sigmoid":
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         sums = probabilities.unflatten(0, (self.pools, -1)).sum(1)  # [P, E]
-        z = routing.logits.logsumexp(-1).square().sum()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.z_weight > 0):  # else nothing is kept for it
+            z = routing.logits.logsumexp(-1).square().sum()
         if layer not in self.layers:
             counts = routing.chosen.unflatten(0, (self.pools, -1)).sum(1)  # [P, E]
             none = routing.experts < 0
             dropped = routing.chosen.sum() - (~none).sum()
-            odd = (~routing.logits.isfinite()).any(-1).sum()
+            odd = (~routing.logits.detach().isfinite()).any(-1).sum()
             own = counts.sum(0)
             under_way = self.start(counts) if self.start is not None and self._has_aux else None
             extra = [dropped, none.all(-1).sum(), odd, z.detach()]

@@ -90,13 +90,17 @@ def keep(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
 def choose_tokens(scores: Tensor, capacity: int) -> Tensor:
     """Expert choice: each expert takes the `capacity` tokens of each sequence that score highest; ties: the earlier.
 
+    Scores that differ by no more than rounding are a tie. Such are not rare: a token that begins a sequence twice is
+    twice the same to every layer, and which of the two rounds higher depends on the order of a sum, so on the layout.
+
     Args:
         scores: [B, T, E] of whole sequences, in the order of positions.
 
     Returns:
         [B, T, E] bool: whether the expert takes the token.
     """
-    order = scores.detach().sort(dim=1, descending=True, stable=True).indices  # [B, T, E]
+    coarse = (scores.detach() / math.sqrt(torch.finfo(scores.dtype).eps)).round()  # half of the digits
+    order = coarse.sort(dim=1, descending=True, stable=True).indices  # [B, T, E]
     taken = torch.zeros_like(scores, dtype=torch.bool)
     return taken.scatter(1, order[:, :capacity], True)
 
