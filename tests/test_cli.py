@@ -21,6 +21,7 @@ from picotron_mini.cli import COMMANDS, main, read_config
 from picotron_mini.config import (
     DataConfig,
     ModelConfig,
+    MoEConfig,
     RopeScaling,
     RunConfig,
     TrainConfig,
@@ -58,7 +59,7 @@ EVERYTHING = RunConfig(
     model=ModelConfig(
         vocab_size=300, hidden_size=48, intermediate_size=96, num_layers=3, num_heads=12, num_kv_heads=3, head_dim=8,
         rope_theta=5e5, rope_scaling=RopeScaling(4.0, 2.0, 8.0, 1024), norm_eps=1e-6, tie_embeddings=False,
-        qk_norm=True, max_position=4096,
+        qk_norm=True, max_position=4096, moe=MoEConfig(4, 1, 40, 24, 1, capacity=1.5, aux_scope="sequence"),
     ),
     data=DataConfig(text=("a.txt", "b"), tokenizer="other.json", tokenizer_size=999, val_fraction=0.25),
     train=TrainConfig(
@@ -67,6 +68,7 @@ EVERYTHING = RunConfig(
         clip_norm=2.0, freeze=("embed", "norm"), bucket_mb=1.5, eval_every=3, eval_batches=2, seed=5,
         dtype="float64", device="cpu", compile=True, document_mask=True, virtual_stages=3, context="ulysses",
         sequence_parallel=True, recompute="full", loss_chunks=3, zero=2, zero_group=2,
+        dispatch_parts=2, place_every=9,
     ),
 )  # fmt: skip
 
@@ -258,10 +260,10 @@ WRONG_USE: dict[str, tuple[list[str], list[str]]] = {
     "no value": (["train", "--steps"], ["--steps"]),
     "choice": (["train", "--schedule", "zigzag"], ["'zigzag'", "1f1b", "afab"]),
     "dtype": (["verify", "--dtype", "float16"], ["float16", "float64", "bfloat16"]),
-    "preset": (["train", "--preset", "gpu"], ["'gpu'", "laptop, h100, h100x2, bench"]),
+    "preset": (["train", "--preset", "gpu"], ["'gpu'", "laptop, moe-tiny, h100, h100x2, bench, bench-moe"]),
     "preset without a name": (["train", "--preset"], ["--preset needs a value"]),
     "config without a file": (["bench", "--config"], ["--config needs a value"]),
-    "axis": (["train", "ep=2"], ["'ep'", "pp, dp, cp, tp"]),
+    "axis": (["train", "qp=2"], ["'qp'", "pp, dp, cp, tp"]),
     "axis twice": (["train", "dp=2,dp=2"], ["'dp'", "twice"]),
     "no size": (["train", "--layout", "dp"], ["'dp'", "dp=2,tp=2"]),
     "size zero": (["describe", "tp=0"], ["tp=0", "at least 1"]),

@@ -53,7 +53,7 @@ def test_parse(text: str, pp: int, dp: int, tp: int) -> None:
         ("dp=two", ["'dp=two'", "AXIS=SIZE"]),
         ("dp=-1", ["'dp=-1'", "AXIS=SIZE"]),
         ("dp=2;tp=2", ["'dp=2;tp=2'", "AXIS=SIZE"]),
-        ("ep=2", ["'ep'", "pp, dp, cp, tp"]),
+        ("qp=2", ["'qp'", "pp, dp, cp, tp, ep"]),
         ("dp=2,dp=2", ["'dp'", "twice"]),
         ("tp=0", ["tp=0", "at least 1"]),
     ],

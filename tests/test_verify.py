@@ -179,7 +179,7 @@ def test_report_as_data_and_as_table(capsys: pytest.CaptureFixture[str]) -> None
     [
         ("tp=3", "tp=3 does not divide num_heads=16; tp could be 2 or 4"),
         ("pp=10", "pp=10 is more than num_layers=9; use pp<=9"),
-        ("ep=2", "unknown axis 'ep'"),
+        ("ep=2", "ep=2 does not divide dp*cp=1"),
         ("cp=4", "2*cp=8 does not divide seq_len=12, and context=ring cuts equal parts; use seq_len=8 or 16"),
     ],
 )

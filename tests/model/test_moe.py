@@ -195,7 +195,7 @@ def test_experts_read_from_their_weights_how_many_they_are() -> None:
 def test_dispatch_and_observe_can_be_replaced() -> None:
     moe = layer()
     x = torch.randn(2, 11, 16, dtype=torch.float64)
-    moe.dispatch = lambda rows, experts, weights, run: rows * 2
+    moe.dispatch = lambda rows, experts, weights, run, shared: rows * 2 + shared(rows)
     assert moe.shared is not None
     torch.testing.assert_close(moe(x), 2 * x + moe.shared(x))
     torch.testing.assert_close(
