@@ -4,6 +4,8 @@
 # mypy: disable-error-code="attr-defined, method-assign, assignment"
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..collectives import Done, all_reduce
@@ -55,14 +57,27 @@ def accumulation_lost() -> None:
 
 
 def reduced_too_early() -> None:
-    """The reductions start in the first micro-batch's backward, while gradients are still being added up."""
-    real = GradientBuckets.reset
+    """The sums start in the first micro-batch's backward, while gradients are still being added up.
 
-    def reset(self: GradientBuckets) -> None:
-        real(self)
+    Each is waited for at once, so that the bug shows alike in every run: what later backwards add stays on its rank.
+    """
+    real_init, real_reset, real_start = GradientBuckets.__init__, GradientBuckets.reset, GradientBuckets._start
+
+    def init(self: GradientBuckets, *arguments: Any, **options: Any) -> None:
+        real_init(self, *arguments, **options)
         self.armed = True
 
-    GradientBuckets.reset = reset
+    def reset(self: GradientBuckets) -> None:
+        real_reset(self)
+        self.armed = True
+
+    def start(self: GradientBuckets) -> None:
+        real_start(self)
+        work = self.buckets[self.next - 1].work
+        assert work is not None
+        work.wait()
+
+    GradientBuckets.__init__, GradientBuckets.reset, GradientBuckets._start = init, reset, start
     GradientBuckets.arm = lambda self, times=None: None
 
 
