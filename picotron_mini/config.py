@@ -147,6 +147,9 @@ class TrainConfig:
     eval_batches: int = 8
     seed: int = 0
     dtype: Dtype = "float32"  # of the compute; weights below float32 keep float32 masters
+    # what bf16 weights have beside them: whole: float32 masters; split: the halves of those that the weights are not;
+    # none: nothing, and a bf16 state of the optimizer. A parameter's weight and masters take 6, 4 or 2 bytes.
+    masters: Literal["whole", "split", "none"] = "whole"
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
     document_mask: bool = False  # a token attends inside its own document only

@@ -132,6 +132,13 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
     elif train.zero and mesh.dp == 1:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
+    if train.masters != "whole" and train.dtype != "bfloat16":
+        found.append(f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters")
+    elif train.masters != "whole" and train.zero:
+        found.append(
+            f"masters={train.masters} does not go with zero={train.zero}, which cuts the masters over dp; "
+            "use masters=whole or zero=0"
+        )
     if train.zero_group and not train.zero:
         found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
     elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):
