@@ -90,9 +90,10 @@ EXHIBITS = [
     Exhibit(
         id="03.parameter_reduced",
         title="The hook that reduced the parameter",
-        story="In the naive data parallel of huggingface/picotron (commit 59714b1), the hook that autograd calls once "
-        "a gradient is ready is handed the parameter, not the gradient, and all-reduces what it is handed. So the "
-        "weights are averaged once a step and each rank updates them with a gradient of its own.",
+        story="In the naive data parallel of huggingface/picotron (commit 59714b1, class DataParallelNaive), the hook "
+        "that autograd calls once a gradient is ready is handed the parameter, not the gradient, and all-reduces what "
+        "it is handed. So the weights are averaged once a step and each rank updates them with a gradient of its own. "
+        "The class that its training script uses, DataParallelBucket, sums gradients.",
         symptom="the loss falls, as it does on one rank; the ranks' gradients differ.",
         patch=parameter_reduced,
         killed_on=("dp=2",),
