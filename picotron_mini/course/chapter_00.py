@@ -296,8 +296,8 @@ EXERCISES = [
     Exercise(
         id="00.ring_of_any_length",
         title="A ring within a budget",
-        task="The ring of the lesson needs a length that the number of ranks divides. Write one that takes any length: "
-        "the same sum on every rank, and no rank sends more than 2 (n - 1) ceil(L / n) numbers.",
+        task="The ring of the lesson needs a length that the number of ranks divides. Write one that takes any length, "
+        "also less than n: the same sum on every rank, and no rank sends more than 2 (n - 1) ceil(L / n) numbers.",
         stub=ring_of_any_length_stub,
         reference=ring_of_any_length,
         mistakes=_RINGS,
