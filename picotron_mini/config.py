@@ -155,6 +155,7 @@ class TrainConfig:
     document_mask: bool = False  # a token attends inside its own document only
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
     loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
+    tensor_overlap: int = 1  # parts in which exchanges between tp ranks travel behind products; 1: all is waited for
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
 
     @property

@@ -169,7 +169,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
-        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel)
+        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
     deferred = Deferred(chunks) if train.schedule in ("zb-h1", "zb-v") else None
@@ -204,7 +204,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     # 5 compile
     if train.compile:
         for block in [block for chunk in chunks for block in chunk.layers.values()]:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=train.tensor_overlap == 1)  # it is not traced
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
