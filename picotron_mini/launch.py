@@ -77,6 +77,11 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that speaks: the only one, or rank 0 of those that `torchrun` has started."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 def launch(
     fn: Callable[..., Any],
     *args: Any,
