@@ -231,6 +231,12 @@ def _default_preset() -> RunConfig:
     return PRESETS["laptop"] if not gpus else replace(PRESETS["h100" if gpus == 1 else "h100x2"], layout="auto")
 
 
+def begin() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, so that ranks are stopped and files are closed in good order."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # --- commands ---------------------------------------------------------------------------------------------
 
 
@@ -239,6 +245,7 @@ def train_command(args: list[str]) -> int:
     wanted = _parse(Run, "train", args, _default_preset())
     from .train import train
 
+    begin()
     summary = train(wanted.run)
     return STOPPED if summary.get("stopped") else 0
 
@@ -248,6 +255,7 @@ def generate_command(args: list[str]) -> int:
     wanted = _parse(Generate, "generate", args)
     from .write import Wish, write
 
+    begin()
     wish = Wish(wanted.prompt, wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.seed)
     write(wanted.folder, wish, wanted.device, wanted.layout, wanted.dtype)
     return 0
@@ -264,6 +272,7 @@ def verify_command(args: list[str]) -> int:
     run = wanted.run
     model = replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size)
     train = replace(run.train, steps=min(run.train.steps, TRAIN.steps))  # a preset's hundreds would show nothing more
+    begin()
     report = verify(run.layout, model, train, gpus=torch.cuda.device_count())
     if wanted.json:
         print(json.dumps(report.to_dict(), allow_nan=False))
@@ -296,6 +305,7 @@ def bench_command(args: list[str]) -> int:
     from .bench import bench, table
     from .launch import first_rank
 
+    begin()
     result = bench(wanted.run, wanted.warmup)
     if not first_rank():
         return 0

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -545,3 +546,62 @@ def test_verify_prints_a_table(capfd: pytest.CaptureFixture[str]) -> None:
     out = capfd.readouterr().out
     for quantity in ("loss", "gradients", "gradient norm", "weights"):
         assert quantity in out
+
+
+# --- under torchrun, and Ctrl-C ---------------------------------------------------------------------------
+
+
+def under_torchrun(*args: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+    meet = ("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
+    return python("-m", "torch.distributed.run", *meet, "-m", "picotron_mini", *args, env=env)
+
+
+@pytest.mark.slow
+def test_bench_speaks_once_under_torchrun_and_counts_the_slowest_rank() -> None:
+    flags = [*TINY[: TINY.index("--steps")], "--steps", "3", "--batch-size", "4", "--warmup", "0", "--device", "cpu"]
+    done = under_torchrun("bench", "dp=2", "--json", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["layout"] == "dp=2" and len(result["step_seconds"]) == 3
+
+
+@pytest.mark.slow
+def test_generate_speaks_once_under_torchrun(tmp_path: Path) -> None:
+    from picotron_mini.data.tokenizer import byte_tokenizer
+    from picotron_mini.model.gpt import GPT, init_weights
+    from picotron_mini.model.hf import save_hf
+
+    config = ModelConfig(vocab_size=257, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8)
+    model = GPT(config)
+    init_weights(model, 0)
+    save_hf({name: weight.detach() for name, weight in model.named_parameters()}, config, tmp_path / "weights")
+    byte_tokenizer().save(tmp_path / "weights")
+    wanted = ("generate", str(tmp_path), "once upon", "--max-new-tokens", "9", "--device", "cpu", "--dtype", "float64")
+    alone = python("-m", "picotron_mini", *wanted)
+    done = under_torchrun(*wanted, "--layout", "tp=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout and done.stdout.count("once upon") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.2, 0.8, 1.5, 2.2, 3.0, 4.0])
+def test_ctrl_c_while_it_starts(delay: float) -> None:
+    """It reaches every process of the terminal: this one while it imports, the fork server, a rank that begins."""
+    command = [sys.executable, "-m", "picotron_mini", "bench", "dp=2,tp=2", *TINY[: TINY.index("--steps")]]
+    started = subprocess.Popen(
+        [*command, "--steps", "1000000", "--batch-size", "4", "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(delay)
+    os.killpg(started.pid, signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode in (130, -signal.SIGINT), err
+    assert (out, err) == ("", "stopped\n")
+    for _ in range(100):
+        try:
+            os.killpg(started.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process is left")
