@@ -149,7 +149,7 @@ class TrainConfig:
     dtype: Dtype = "float32"  # of the compute; weights below float32 keep float32 masters
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
-    document_mask: bool = False  # a token attends inside its own document only
+    document_mask: bool = False  # a token attends inside its own document only, and predicts nothing outside it
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
     loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
