@@ -147,11 +147,15 @@ class TrainConfig:
     eval_batches: int = 8
     seed: int = 0
     dtype: Dtype = "float32"  # of the compute; weights below float32 keep float32 masters
+    # what bf16 weights have beside them: whole: float32 masters; split: the halves of those that the weights are not;
+    # none: nothing, and a bf16 state of the optimizer. A parameter's weight and masters take 6, 4 or 2 bytes.
+    masters: Literal["whole", "split", "none"] = "whole"
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
     document_mask: bool = False  # a token attends inside its own document only, and predicts nothing outside it
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
     loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
+    tensor_overlap: int = 1  # parts in which exchanges between tp ranks travel behind products; 1: all is waited for
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
 
     @property

@@ -109,7 +109,20 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
         fits = nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
         found.append(f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; it could be {fits}")
+    if train.tensor_overlap > 1:
+        if mesh.tp == 1:
+            found.append(
+                f"tensor_overlap={train.tensor_overlap} hides exchanges between tp ranks, and tp=1 has none; "
+                "use tp=2 or more, or tensor_overlap=1"
+            )
+        for setting, clash, use in (("schedule", ("zb-h1", "zb-v"), "1f1b"), ("recompute", ("selective",), "full")):
+            if getattr(train, setting) in clash:
+                found.append(
+                    f"tensor_overlap={train.tensor_overlap} does not go with {setting}={getattr(train, setting)}, "
+                    f"which takes a layer's backward apart in its own way; use {setting}={use} or tensor_overlap=1"
+                )
     for name, least in (
+        ("tensor_overlap", 1),
         ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
     ):  # fmt: skip
         if getattr(train, name) < least:
@@ -136,6 +149,13 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
     elif train.zero and mesh.dp == 1:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
+    if train.masters != "whole" and train.dtype != "bfloat16":
+        found.append(f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters")
+    elif train.masters != "whole" and train.zero:
+        found.append(
+            f"masters={train.masters} does not go with zero={train.zero}, which cuts the masters over dp; "
+            "use masters=whole or zero=0"
+        )
     if train.zero_group and not train.zero:
         found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
     elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):
