@@ -53,7 +53,7 @@ def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footp
     beside = {"whole": 4, "split": 2, "none": 0}[train.masters]  # bytes that a bf16 weight has beside it
     moment = itemsize if train.masters == "none" else wide
     mine = {name: place for name, place in layout.items() if place.holds(index)}
-    trained = {name: place for name, place in mine.items() if not name.startswith(train.freeze)}
+    trained = {name: place for name, place in mine.items() if not train.freezes(name)}
     owned = {name: place.local_size(index) for name, place in mine.items()}
     whole = sum(place.without("dp").local_size(index) for place in mine.values())
     state = sum(owned[name] for name in trained)

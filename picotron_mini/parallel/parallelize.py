@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from ..config import ModelConfig, RunConfig, TrainConfig
 from ..layout import Layout, Placement, Shard, split
 from ..memory.chunked_loss import chunked_loss
 from ..memory.masters import SplitMasters
@@ -140,18 +140,6 @@ def layout_of(run: RunConfig) -> Layout:
     return out
 
 
-def check_frozen(model: ModelConfig, freeze: tuple[str, ...]) -> None:
-    """Refuse to freeze what does not exist: a typing error would train everything.
-
-    Raises:
-        ConfigError: an entry begins no parameter's name.
-    """
-    names = list(parameter_shapes(model))
-    for start in freeze:
-        if not any(name.startswith(start) for name in names):
-            raise ConfigError(f"freeze={start!r} begins no parameter's name; they are {', '.join(names[:3])}, ...")
-
-
 def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """Build this rank's part of the model.
 
@@ -191,7 +179,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         whole = initial_weight(config, name, place.shape, train.seed, device)
         masters[name] = whole[place.slices(index)].to(master_dtype, copy=True)
         # 4 precision
-        parameter.requires_grad_(not name.startswith(train.freeze))
+        parameter.requires_grad_(not train.freezes(name))
         if train.zero == 3:
             parameter.data = empty(parameter, device, dtype)
         elif train.zero:
