@@ -22,6 +22,7 @@ from picotron_mini.cli import COMMANDS, main, read_config
 from picotron_mini.config import (
     DataConfig,
     ModelConfig,
+    MoEConfig,
     RopeScaling,
     RunConfig,
     TrainConfig,
@@ -60,6 +61,11 @@ EVERYTHING = RunConfig(
         vocab_size=300, hidden_size=48, intermediate_size=96, num_layers=3, num_heads=12, num_kv_heads=3, head_dim=8,
         rope_theta=5e5, rope_scaling=RopeScaling(4.0, 2.0, 8.0, 1024), norm_eps=1e-6, tie_embeddings=False,
         qk_norm=True, max_position=4096,
+        moe=MoEConfig(
+            num_experts=6, top_k=3, expert_size=9, shared_size=6, dense_layers=1, choice="expert", score="sigmoid",
+            normalize=False, scale=2.0, groups=2, limit_groups=2, capacity=1.5, jitter=0.1, balance="bias",
+            aux_weight=0.5, aux_scope="sequence", z_weight=0.1, bias_rate=0.01,
+        ),
     ),
     data=DataConfig(text=("a.txt", "b"), tokenizer="other.json", tokenizer_size=999, val_fraction=0.25),
     train=TrainConfig(
