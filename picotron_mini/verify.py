@@ -33,7 +33,7 @@ from .mesh import Mesh, coordinates
 from .model.gpt import IGNORE
 from .moe.dispatch import recording
 from .parallel.expert_traffic import Decided, Rows, Traffic, rows_of_step
-from .parallel.parallelize import check_frozen, layout_of, parallelize
+from .parallel.parallelize import layout_of, parallelize
 from .parallel.traffic import predict_step
 from .parity import Difference, Errors, Report, named
 from .reference import Snapshot, reference
@@ -150,7 +150,6 @@ def verify(
     run = runs[0]
     device = run.train.device  # resolved: "auto" is one of the two by now
     whole = layout_of(run)
-    check_frozen(run.model, run.train.freeze)
     batches = make_batches(run)
     per_rank = launch(_on_rank, runs, batches, patch, world_size=run.mesh.world_size, device=device, output="hide")
 

@@ -108,6 +108,14 @@ class Router(nn.Module):
         return self
 
 
+def fits_grouped(rows: Tensor, weight: Tensor) -> bool:
+    """Whether one grouped product (`torch._grouped_mm`) takes the rows of all experts, or a loop has to.
+
+    It wants bf16 on CUDA, at least one row, and rows of a multiple of 16 bytes; how many rows an expert has is free.
+    """
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and len(rows) > 0 and all(n % 8 == 0 for n in weight.shape[1:])
+
+
 class Experts(nn.Module):
     """The MLPs, as one tensor for each projection. How many there are, and how wide, is read from the weights."""
 
@@ -128,7 +136,7 @@ class Experts(nn.Module):
         Returns:
             [M, D].
         """
-        if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
+        if fits_grouped(rows, self.gate):
             ends = counts.cumsum(0).to(torch.int32)  # stays on the device: the host need not know it
             gate, up = (torch._grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
             return torch._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
@@ -174,6 +182,11 @@ def local_dispatch(
     return y if shared is None else y + shared(x)
 
 
+def dispatch_all(x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None = None) -> Tensor:
+    """`local_dispatch` where every token has all its experts: nothing has to be counted, so no GPU is waited for."""
+    return local_dispatch(x, experts, weights, run, shared, routed=experts.numel())
+
+
 class MoE(nn.Module):
     """Router, experts, and the shared expert if there is one. `dispatch` is the seam for experts that are elsewhere."""
 
@@ -183,7 +196,8 @@ class MoE(nn.Module):
         self.router = Router(config, width)
         self.experts = Experts(config, width)
         self.shared = shared
-        self.dispatch: Dispatch = local_dispatch
+        drops = config.capacity is not None or config.choice == "expert"
+        self.dispatch: Dispatch = local_dispatch if drops else dispatch_all
 
     def forward(self, x: Tensor, pool: Pool | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""

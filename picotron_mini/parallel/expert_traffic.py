@@ -67,14 +67,15 @@ def migration_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int], la
     """
     train, ep = run.train, run.mesh.ep
     itemsize = ITEMSIZE[train.dtype]
-    wide, out = max(itemsize, 4), Counter[tuple[str, str]]()
+    wide = itemsize if train.masters == "none" else max(itemsize, 4)  # split masters are two halves, as many bytes
+    out = Counter[tuple[str, str]]()
     for name, place in layout.items():
         if not name.startswith(f"layers.{layer}.") or all(shard.axis != "ep" for shard in place.shards):
             continue
         number, rest = place.shape[0], place.without("ep", "edp")
         row = rest.local_size(index) // number
         before = place.order or tuple(range(number))
-        states = 2 if train.optimizer == "adamw" and not name.startswith(train.freeze) else 0
+        states = 2 if train.optimizer == "adamw" and not train.freezes(name) else 0
         # the owner of a slot is a pair: its place along ep, and with ZeRO along edp
         cut = next((shard.ranges[0][1] for shard in place.shards if shard.axis == "edp"), 0)
         held = number // ep

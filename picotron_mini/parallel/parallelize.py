@@ -15,14 +15,16 @@ Also here: `layout_of`, which says before any process exists where everything wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from ..config import ModelConfig, RunConfig, TrainConfig
 from ..layout import Layout, Placement, Shard, split
 from ..memory.chunked_loss import chunked_loss
+from ..memory.masters import SplitMasters
 from ..memory.recompute import recompute
 from ..mesh import Axis, Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
@@ -52,7 +54,7 @@ class Parallel:
     layout: Layout
     chunks: tuple[GPT, ...]  # this stage's runs of layers, one or (with virtual stages) more; this rank's slices
     parameters: dict[str, nn.Parameter]  # by global name
-    masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters, or its rows
+    masters: Mapping[str, Tensor]  # what is updated: the parameters themselves, float32 masters, or this rank's rows
     gradients: GradientBuckets | SeveralBuckets | ShardedGradients | SeveralSharded | ShardedWeights
     device: torch.device
     routers: Routers | None = None  # of a mixture of experts
@@ -94,7 +96,8 @@ class Parallel:
     @property
     def trained(self) -> dict[str, Tensor]:
         """The masters of the parameters that are not frozen: what an optimizer is given."""
-        return {name: master for name, master in self.masters.items() if self.parameters[name].requires_grad}
+        masters = self.masters.held if isinstance(self.masters, SplitMasters) else self.masters
+        return {name: master for name, master in masters.items() if self.parameters[name].requires_grad}
 
 
 def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
@@ -145,18 +148,6 @@ def layout_of(run: RunConfig) -> Layout:
     return out
 
 
-def check_frozen(model: ModelConfig, freeze: tuple[str, ...]) -> None:
-    """Refuse to freeze what does not exist: a typing error would train everything.
-
-    Raises:
-        ConfigError: an entry begins no parameter's name.
-    """
-    names = list(parameter_shapes(model))
-    for start in freeze:
-        if not any(name.startswith(start) for name in names):
-            raise ConfigError(f"freeze={start!r} begins no parameter's name; they are {', '.join(names[:3])}, ...")
-
-
 def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """Build this rank's part of the model.
 
@@ -175,7 +166,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
         expert_parallel(chunk, mesh["ep"], train.dispatch_parts)
-        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel)
+        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
     deferred = Deferred(chunks) if train.schedule in ("zb-h1", "zb-v") else None
@@ -190,14 +181,14 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         _tie(chunks)
     parameters = {global_name(config, name): p for chunk in chunks for name, p in chunk.named_parameters()}
     dtype = DTYPES[train.dtype]
-    master_dtype = torch.promote_types(dtype, torch.float32)
+    master_dtype = dtype if train.masters == "none" else torch.promote_types(dtype, torch.float32)
     masters: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         place = layout[name]
         whole = initial_weight(config, name, place.shape, train.seed, device)
         masters[name] = place.part(whole, index).to(master_dtype, copy=True)
         # 4 precision
-        parameter.requires_grad_(not name.startswith(train.freeze))
+        parameter.requires_grad_(not train.freezes(name))
         if train.zero == 3:
             parameter.data = empty(parameter, device, dtype)
         elif train.zero:
@@ -214,7 +205,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         for number, block in [item for chunk in chunks for item in chunk.layers.items()]:
             # how many rows an expert gets is known when it runs, so of such layers only the attention is compiled
             part = block.get_submodule("attention") if int(number) in config.moe_layers else block
-            part.forward = torch.compile(part.forward, fullgraph=True)
+            part.forward = torch.compile(part.forward, fullgraph=train.tensor_overlap == 1)  # it is not traced
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
@@ -234,12 +225,16 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
         return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, routers, deferred)
+    kept: Mapping[str, Tensor] = masters
+    if train.masters == "split":
+        kept = SplitMasters(parameters, masters, fuse=train.compile)
+        del masters, whole
     size = train.bucket_mb * 2**20
     others = _experts(parameters, mesh)
     groups = by_axis(parameters.values(), lambda p: others.get(p, mesh["dp_cp"]))
     reducers = [(GradientBuckets(group, axis, size), group) for axis, group in groups.items()]
     buckets = SeveralBuckets(reducers) if others else reducers[0][0]
-    return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, routers, deferred)
+    return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, buckets, device, routers, deferred)
 
 
 def _tie(chunks: list[GPT]) -> None:

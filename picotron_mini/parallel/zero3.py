@@ -60,7 +60,8 @@ def empty(like: Tensor, device: torch.device, dtype: torch.dtype | None = None) 
 class _Unit:
     """Parameters that come and go together, in one buffer for each dtype."""
 
-    buffers: list[tuple[list[Cut], Tensor, Axis]]  # the cuts, this rank's row [C], and the ranks that have the others
+    buffers: list[tuple[list[Cut], Tensor]]  # the cuts, and this rank's row [C]
+    axes: list[Axis] = field(default_factory=list)  # of each buffer: the ranks that have the other rows
     travelling: list[tuple[Tensor, Work]] = field(default_factory=list)  # what is on its way: [N, C] each
     here: bool = False
 
@@ -100,8 +101,9 @@ class ShardedWeights:
             for place in places:
                 self.units[place] = unit
         groups: dict[Axis, list[list[nn.Parameter]]] = {}
-        for cuts, _, over in [buffer for unit in dict.fromkeys(self.units) for buffer in unit.buffers]:
-            groups.setdefault(over, []).append([each.parameter for each in cuts])
+        for unit in dict.fromkeys(self.units):
+            for (cuts, _), over in zip(unit.buffers, unit.axes, strict=True):
+                groups.setdefault(over, []).append([each.parameter for each in cuts])
         self.gradients = SeveralSharded(
             (
                 ShardedGradients(each, over, start="told", rows=rows, copies=copies if over == axis else ()),
@@ -129,7 +131,8 @@ class ShardedWeights:
         for axis, group in groups:
             cuts, columns = cut(group, axis.size, rows)
             row = group[0].new_zeros(columns).detach()
-            unit.buffers.append((cuts, row, axis))
+            unit.buffers.append((cuts, row))
+            unit.axes.append(axis)
             for each in cuts:
                 weight = each.parameter
                 self._own[weight] = each.own(row, axis.index)
@@ -144,7 +147,7 @@ class ShardedWeights:
     def _fetch(self, unit: _Unit) -> None:
         """Let the weights of a unit set out, unless they are here or under way."""
         if not unit.here and not unit.travelling:
-            for _, row, axis in unit.buffers:
+            for (_, row), axis in zip(unit.buffers, unit.axes, strict=True):
                 table = row.new_empty(axis.size, len(row))
                 unit.travelling.append((table, all_gather_async(table, row, axis)))
 
@@ -152,7 +155,7 @@ class ShardedWeights:
     def _need(self, unit: _Unit) -> None:
         """Have the weights of a unit here."""
         self._fetch(unit)
-        for (cuts, _, _), (table, work) in zip(unit.buffers, unit.travelling, strict=False):
+        for (cuts, _), (table, work) in zip(unit.buffers, unit.travelling, strict=False):
             work.wait()
             for each in cuts:
                 whole = each.parameter.data  # .data: autograd must not take the filling for a change of the value
@@ -163,7 +166,7 @@ class ShardedWeights:
 
     def _free(self, unit: _Unit) -> None:
         if unit.here:
-            for cuts, _, _ in unit.buffers:
+            for cuts, _ in unit.buffers:
                 for each in cuts:
                     each.parameter.untyped_storage().resize_(0)
         unit.here = False
@@ -185,7 +188,7 @@ class ShardedWeights:
         self._free(unit)
         places = [other for other, each in enumerate(self.units) if each is unit and self.uses[other].reached]
         if place == places[0]:  # the last of its uses in the backward
-            self.gradients.start_of(each.parameter for cuts, _, _ in unit.buffers for each in cuts)
+            self.gradients.start_of(each.parameter for cuts, _ in unit.buffers for each in cuts)
 
     # --- one step, as in `ShardedGradients` ---------------------------------------------------------------
 

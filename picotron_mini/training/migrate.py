@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..collectives import all_to_all_async
 from ..layout import Placement
+from ..memory.masters import SplitMasters
 from ..mesh import Axis
 from ..model.balancing import RoutingStats
 from ..moe.dispatch import ExpertDispatch
@@ -73,19 +74,23 @@ def move_parameter(
     parallel: Parallel, optimizer: torch.optim.Optimizer, name: str, before: Order, after: Order
 ) -> None:
     """Bring everything that is kept of one parameter of experts into a new order."""
-    mesh, place = parallel.mesh, parallel.layout[name]
-    master, weight = parallel.masters[name], parallel.parameters[name]
+    mesh, place, masters = parallel.mesh, parallel.layout[name], parallel.masters
+    master, weight = masters[name], parallel.parameters[name]
+    states = _state(optimizer, parallel.trained.get(name, master))
     held = len(before) // mesh.shape.ep
     axis, owner = _owners(place, mesh["ep"], mesh["dp_cp"])
     whole = axis.name != "ep" and not isinstance(parallel.gradients, ShardedWeights)  # rows of the weight of others too
     inside = whole and master.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-    for tensor in [*([] if inside else [master]), *_state(optimizer, master)]:
+    kept = [] if inside else [master]
+    if isinstance(masters, SplitMasters):  # `master` is a copy
+        kept = [weight.data, masters.rests[name]]
+    for tensor in [*kept, *states]:
         _move(tensor, axis, owner, before, after)
     if whole:  # and with it the master, if that is a part of it
         _move(weight.data, mesh["ep"], lambda slot: (slot // held, slot % held), before, after)
     elif isinstance(parallel.gradients, ShardedWeights):
         parallel.gradients.publish({weight: master})
-    elif weight is not master:
+    elif weight is not master and not isinstance(masters, SplitMasters):
         weight.data.copy_(master)
     parallel.layout[name] = replace(place, order=after)
 

@@ -21,6 +21,12 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
+class Done:
+    """A sum over one device."""
+
+    def wait(self) -> None: ...
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.set_num_threads(1)
@@ -100,13 +106,15 @@ def test_micro_batches_add_up_and_a_recomputed_layer_is_noted_once() -> None:
     for kind in ("none", "full", "selective"):
         model, config = made()
         recompute(model, kind)  # type: ignore[arg-type]
-        exits = [Balance(config, 2 * B * T, B * T) for _ in range(2)]
+        started: list[Tensor] = []
+        exits = [Balance(config, 2 * B * T, B * T, start=lambda c: (started.append(c), Done())[1]) for _ in range(2)]  # noqa: B023
         losses = [
             model.loss(model(part, pool=Pool(observe=exit_.observe)), part)
             for part, exit_ in zip(tokens, exits, strict=True)
         ]
         for loss in losses:
             loss.backward()
+        assert len(started) == 4, "other devices are asked once for each layer and micro-batch"
         found.append((gradients(model), [exit_.numbers(layer) for exit_ in exits for layer in (0, 1)]))
     for gradient, numbers in found[1:]:
         assert all(torch.equal(gradient[name], found[0][0][name]) for name in gradient)

@@ -94,7 +94,8 @@ def whole_of(parallel, optimizer, name: str) -> list[Tensor]:  # type: ignore[no
     """A parameter's master and its optimizer state, whole and by expert, on rank 0; the weights of compute if here."""
     out = []
     place, master = parallel.layout[name], parallel.masters[name]
-    states = [value for value in optimizer.state.get(master, {}).values() if value.shape == master.shape]
+    state = optimizer.state.get(parallel.trained.get(name), {})
+    states = [value for value in state.values() if value.shape == master.shape]
     for tensor in [master, *states]:
         got = gather(tensor, place, parallel.mesh, tensor.dtype, parallel.device)
         if got is not None:
@@ -134,6 +135,8 @@ CASES = [
     ("dp=4,ep=2", {"zero": 2, "dtype": "bfloat16"}),
     ("dp=4,ep=2", {"zero": 3, "dtype": "bfloat16"}),
     ("dp=2,ep=2", {"optimizer": "sgd"}),
+    pytest.param("dp=2,ep=2", {"masters": "split", "dtype": "bfloat16"}, marks=pytest.mark.slow),
+    pytest.param("dp=2,ep=2", {"masters": "none", "dtype": "bfloat16"}, marks=pytest.mark.slow),
     pytest.param("dp=2,cp=2,ep=2", {"zero": 3, "seq_len": 16}, marks=pytest.mark.slow),
     pytest.param("dp=2,tp=2,ep=2", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
     pytest.param("dp=4,ep=2", {"zero": 1, "freeze": ("layers.1.mlp.experts.up",)}, marks=pytest.mark.slow),

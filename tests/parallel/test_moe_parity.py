@@ -60,6 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "sequence parallel, recomputed": (
         "tp=2,pp=2", {"shared_size": 8}, {}, {"sequence_parallel": True, "recompute": "full"},
     ),
+    "overlap of attention": ("dp=2,tp=2", {"shared_size": 8}, {}, {"tensor_overlap": 2, "sequence_parallel": True}),
     "router frozen": ("dp=2,tp=2", {}, {}, {"freeze": ("layers.1.mlp.router", "layers.0.mlp.experts")}),
     "only routers trained": (
         "tp=2,pp=2", {}, {"tie_embeddings": False},

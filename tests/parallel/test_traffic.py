@@ -137,7 +137,8 @@ def test_heads_and_tokens_are_shared_at_once() -> None:
             ),
             3,
         ),
-        (("embed", "layers.0.attention", "layers.1."), 3),  # an MLP trained below makes a frozen layer pass gradients
+        # an MLP trained below makes a frozen layer pass gradients
+        (("embed", "layers.0.attention", "layers.0.attention_norm", "layers.1."), 3),
         (("embed", "layers", "norm"), 0),
     ],
 )
@@ -219,4 +220,4 @@ def test_the_prediction_does_not_know_the_code_that_sends() -> None:
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for alias in node.names
         }
-        assert imported <= allowed | {"expert_traffic"}
+        assert imported <= allowed | {"expert_traffic", "moe.placement"}
