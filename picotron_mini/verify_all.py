@@ -145,9 +145,10 @@ def _header(found: Sequence[Result], max_ranks: int, digest: str) -> str:
     errors = [result["max_rel_err"] for result in found]
     largest = f"{max(errors):.1e}" if None not in errors else "no number"
     return (
-        f"# Every legal combination on at most {max_ranks} ranks: make verify-all. Each line is a command:\n"
-        "# picotron-mini verify FLAGS (which takes 3 steps, and this took 2). Largest relative error of loss, gradients,\n"
-        "# gradient norm and weights, with SGD and with AdamW, in float64; 1e-9 is allowed. Bytes: of rank 0, in a step.\n"
+        f"# Every legal combination on at most {max_ranks} ranks: make verify-all. Each line has the flags of a\n"
+        "# picotron-mini verify (which takes 3 steps, and this took 2), the largest relative error of loss,\n"
+        "# gradients, gradient norm and weights with SGD and with AdamW in float64 (allowed: 1e-9), and the bytes\n"
+        "# that rank 0 counted in a step, as many as predicted.\n"
         f"# {len(found)} combinations, {sum(not result['ok'] for result in found)} wrong, largest error {largest}\n"
         f"# library {digest}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}\n"
