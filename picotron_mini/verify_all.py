@@ -111,7 +111,8 @@ def verify_all(log: Path, state: Path = STATE, first: int = 0, max_ranks: int = 
     """
     digest, runs = library_digest(), combinations(max_ranks)
     lines = state.read_text().splitlines() if state.exists() else []
-    done = {each["flags"]: each for each in map(json.loads, lines) if each["library"] == digest}
+    # what was wrong is tried again: it may have been the machine
+    done = {each["flags"]: each for each in map(json.loads, lines) if each["library"] == digest and each["ok"]}
     left = [run for run in runs if flags(run) not in done]
     print(f"{len(runs)} combinations, {len(runs) - len(left)} done, library {digest}", flush=True)
     left = left[:first] if first else left
