@@ -155,8 +155,8 @@ EXERCISES = [
     Exercise(
         id="03.kept_bytes",
         title="What a rank keeps",
-        task="Predict what each rank keeps from step to step in each stage of ZeRO, with bf16 and with float32 weights. "
-        "Ranks that train decide, within half a percent.",
+        task="Predict what each rank keeps from step to step in each stage of ZeRO, with bf16 and with float32 "
+        "weights. Ranks that train decide, within half a percent.",
         stub=kept_bytes_stub,
         reference=kept_bytes,
         mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _KEPT.items()),
