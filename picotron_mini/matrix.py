@@ -27,7 +27,7 @@ from typing import Any, get_args, get_type_hints
 
 from .config import AXES, ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig
 from .legality import resolve
-from .verify import MODEL, OPTIMIZERS, TRAIN
+from .verify import EXPERTS, MODEL, OPTIMIZERS, TRAIN
 
 MAX_RANKS = 8
 # The settings that choose a technique, and the axis without which they do nothing
@@ -46,6 +46,17 @@ def combinations(max_ranks: int = MAX_RANKS) -> list[RunConfig]:
         for chosen in itertools.product(*values):
             run = legal(mesh, dict(zip(CHOICES, chosen, strict=True)))
             out += [] if run is None else [run]
+    return out
+
+
+def expert_combinations(max_ranks: int = MAX_RANKS) -> list[RunConfig]:
+    """Every legal combination again, with a model that has experts (`verify.EXPERTS`), spread over every ep > 1."""
+    model = replace(MODEL, num_layers=1, moe=EXPERTS)
+    out = []
+    for run in combinations(max_ranks):
+        for ep in range(2, run.mesh.dp * run.mesh.cp + 1):
+            found = legal(replace(run.mesh, ep=ep), {name: getattr(run.train, name) for name in CHOICES}, model)
+            out += [] if found is None else [found]
     return out
 
 
@@ -157,7 +168,7 @@ def flags(run: RunConfig) -> str:
     words = [str(run.mesh)]
     for group, default in ((run.model, MODEL), (replace(run.train, batch_size=0, steps=plain.steps), plain)):
         for name, value in vars(default).items():
-            if (mine := getattr(group, name)) != value:
+            if (mine := getattr(group, name)) != value and mine != EXPERTS:  # those verify gives by itself
                 flag = name.replace("_", "-")
                 if isinstance(mine, bool):
                     words.append(f"--{flag}" if mine else f"--no-{flag}")
@@ -182,7 +193,7 @@ def _differs(run: RunConfig) -> dict[str, bool]:
 
 def _factors(run: RunConfig) -> dict[str, Any]:
     """What meets what: of an axis whether it has 1, 2 or more ranks, and each choice."""
-    sizes = {axis: min(getattr(run.mesh, axis), 3) for axis in AXES}
+    sizes = {axis: min(getattr(run.mesh, axis), 3) for axis in (*AXES, *(["ep"] if run.mesh.ep > 1 else []))}
     return sizes | {name: getattr(run.train, name) for name in CHOICES}
 
 

@@ -1,6 +1,6 @@
 """Verify many configurations in one go: the default matrix of the command line, or all that there are.
 
-    make verify-all        every combination of `matrix.combinations`, some ten minutes on two idle cores
+    make verify-all        every one of `matrix.combinations` and `expert_combinations`, some twenty minutes on two cores
 
 A verification is short and starting ranks is not: so configurations of the same size share a launch, a few at a time.
 If a rank fails, each of them is run again alone, and the one that fails is reported; the others go on.
@@ -29,7 +29,7 @@ from rich.table import Table
 
 from .config import RunConfig
 from .launch import RankError
-from .matrix import MAX_RANKS, combinations, flags, optimizers_of, technique
+from .matrix import MAX_RANKS, combinations, expert_combinations, flags, optimizers_of, technique
 from .verify import verify_together
 
 AT_ONCE = 8  # configurations a launch: all that their ranks computed is held in memory
@@ -109,7 +109,7 @@ def verify_all(log: Path, state: Path = STATE, first: int = 0, max_ranks: int = 
         first: only so many of those that are left, for trying it out; 0: all.
         max_ranks: of a combination.
     """
-    digest, runs = library_digest(), combinations(max_ranks)
+    digest, runs = library_digest(), combinations(max_ranks) + expert_combinations(max_ranks)
     lines = state.read_text().splitlines() if state.exists() else []
     # what was wrong is tried again: it may have been the machine
     done = {each["flags"]: each for each in map(json.loads, lines) if each["library"] == digest and each["ok"]}

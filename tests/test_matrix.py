@@ -24,6 +24,7 @@ from picotron_mini.matrix import (
     CHOICES,
     combinations,
     default_matrix,
+    expert_combinations,
     flags,
     legal,
     meshes,
@@ -196,7 +197,7 @@ def test_all_are_run_once_and_the_log_has_a_line_for_each(
     pretended: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, state = tmp_path / "all.log", tmp_path / "deep" / "state.jsonl"
-    runs = combinations(2)
+    runs = combinations(2) + expert_combinations(2)
     assert runner.verify_all(log, state, first=5, max_ranks=2) is True
     assert not log.exists()  # not all were run
     assert len(state.read_text().splitlines()) == 5
@@ -286,6 +287,13 @@ def expect_all_equal(runs: Sequence[RunConfig]) -> None:
 @pytest.mark.slow
 def test_every_pair_of_techniques_equals_one_device() -> None:
     expect_all_equal(sorted(pairwise(ALL), key=lambda run: run.mesh.world_size))
+
+
+@pytest.mark.slow
+def test_every_pair_of_techniques_equals_one_device_with_experts_on_several_ranks() -> None:
+    runs = expert_combinations()
+    assert {run.mesh.ep for run in runs} == {2, 4, 8} and all(run.model.moe for run in runs)
+    expect_all_equal(sorted(pairwise(runs), key=lambda run: run.mesh.world_size))
 
 
 @pytest.mark.slow
