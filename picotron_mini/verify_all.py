@@ -1,6 +1,6 @@
 """Verify many configurations in one go: the default matrix of the command line, or all that there are.
 
-    make verify-all        every one of `matrix.combinations` and `expert_combinations`, some twenty minutes on two cores
+    make verify-all        all of `matrix.combinations` (ten minutes on two idle cores) and of `expert_combinations`
 
 A verification is short and starting ranks is not: so configurations of the same size share a launch, a few at a time.
 If a rank fails, each of them is run again alone, and the one that fails is reported; the others go on.
