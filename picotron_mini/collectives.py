@@ -94,12 +94,32 @@ def shard_size(total: int, parts: int) -> int:
 _library = torch.library.Library("picotron_mini", "DEF")
 
 
+_rehearsing = False  # inside `rehearsal`
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Inside the block operators run also on tensors without memory (fake ones), so that the ledger counts them.
+
+    For a dry run: with torch's fake process group nothing is sent, and all that is left of a collective is its count.
+    """
+    global _rehearsing
+    _rehearsing = True
+    try:
+        yield
+    finally:
+        _rehearsing = False
+
+
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def define(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def without_memory(*args: Any) -> Any:
+            return fn(*args) if _rehearsing else fake(*args)
+
         name = schema.split("(")[0]
         _library.define(schema)
         _library.impl(name, fn, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"picotron_mini::{name}", fake, lib=_library)
+        torch.library.register_fake(f"picotron_mini::{name}", without_memory, lib=_library)
         return getattr(torch.ops.picotron_mini, name).default
 
     return define

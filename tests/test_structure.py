@@ -37,6 +37,7 @@ LEVELS = {
     "parity": 5,
     "verify": 6,
     "bench": 5,
+    "dry_run": 5,
     "write": 5,
     "ready": 5,
     "record": 6,

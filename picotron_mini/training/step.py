@@ -129,6 +129,16 @@ def apply_gradients(
     parallel: Parallel, optimizer: torch.optim.Optimizer, loss: Tensor, tokens: Tensor, stop: bool = False
 ) -> StepResult:
     """Clip the gradients that `compute_gradients` left by their global norm, and update the weights."""
+    total_loss, squared, asked_sum = update(parallel, optimizer, loss, stop).tolist()  # the host waits for the GPU here
+    return StepResult(total_loss, math.sqrt(squared), int(tokens), asked_sum > 0)
+
+
+def update(parallel: Parallel, optimizer: torch.optim.Optimizer, loss: Tensor, stop: bool = False) -> Tensor:
+    """All of `apply_gradients` but its waiting.
+
+    Returns:
+        Sums over all ranks [3], float64, on the device: loss, squared norm before clipping, ranks asked to stop.
+    """
     train, mesh = parallel.run.train, parallel.mesh
     gradients = gradients_of(parallel)
     mine = loss.double() if mesh["tp"].index == 0 else torch.zeros_like(loss, dtype=torch.float64)
@@ -141,8 +151,7 @@ def apply_gradients(
         master.grad = gradients.get(name)
     optimizer.step()
     update_weights(parallel)
-    total_loss, squared, asked_sum = sums.tolist()  # the one point where the host waits for the GPU
-    return StepResult(total_loss, math.sqrt(squared), int(tokens), asked_sum > 0)
+    return sums
 
 
 def train_step(
