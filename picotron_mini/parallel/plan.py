@@ -101,8 +101,9 @@ def plan(run: RunConfig, ranks: int, machine: Machine, *, search: bool = True) -
         resolve(replace(run, layout=f"dp={ranks}"), gpus=ranks)  # says why
         raise ConfigError(f"no layout of {ranks} ranks is legal for this model and batch; try another --ranks")
     fitting.sort(key=lambda found: found.seconds)
-    exact = sorted((predict(found.run, machine) for found in fitting[:FINE]), key=lambda found: found.seconds)
-    return Plan(machine, ranks, considered, refused, (*exact, *fitting[FINE:]), None if fitting else smallest)
+    ranked = [*(predict(found.run, machine) for found in fitting[:FINE]), *fitting[FINE:]]
+    ranked.sort(key=lambda found: found.seconds)
+    return Plan(machine, ranks, considered, refused, tuple(ranked), None if fitting else smallest)
 
 
 def _with_batch(run: RunConfig, ranks: int) -> RunConfig:
