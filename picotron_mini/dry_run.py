@@ -117,8 +117,10 @@ def held_bytes(parallel: Parallel, optimizer: torch.optim.Optimizer) -> int:
     if isinstance(gradients, ShardedWeights):
         held += [row for unit in gradients.units for _, row in unit.buffers]
         gradients = gradients.gradients
-    for bucket in gradients.buckets:
-        held += [bucket.buffer] if isinstance(gradients, GradientBuckets) else [bucket.shard, bucket.whole]
+    if isinstance(gradients, GradientBuckets):
+        held += [bucket.buffer for bucket in gradients.buckets]
+    else:
+        held += [tensor for bucket in gradients.buckets for tensor in (bucket.shard, bucket.whole)]
     held += [value for state in optimizer.state.values() for value in state.values()]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor)}
     return sum(storages.values())
