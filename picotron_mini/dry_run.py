@@ -29,6 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from .collectives import ledger, rehearsal
 from .config import ConfigError, RunConfig
 from .data.loader import Batch
+from .memory.masters import SplitMasters
 from .mesh import GROUPS, Mesh, coordinates
 from .monitoring.units import bytes_text
 from .parallel.data import GradientBuckets
@@ -113,7 +114,9 @@ def _batch(run: RunConfig) -> Batch:
 def held_bytes(parallel: Parallel, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all storages that stay between steps: weights, masters, gradient buffers, optimizer state."""
     gradients = parallel.gradients
-    held: list[Tensor | None] = [*parallel.parameters.values(), *parallel.masters.values()]
+    masters = parallel.masters
+    beside = masters.rests if isinstance(masters, SplitMasters) else masters
+    held: list[Tensor | None] = [*parallel.parameters.values(), *beside.values()]
     if isinstance(gradients, ShardedWeights):
         held += [row for unit in gradients.units for _, row in unit.buffers]
         gradients = gradients.gradients

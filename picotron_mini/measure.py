@@ -126,7 +126,7 @@ def _pass(run: RunConfig, which: tuple[int, int, bool], device: torch.device) ->
     model = model.to(device, DTYPES[run.train.dtype])
     if run.train.compile:
         for block in model.layers.values():
-            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, fullgraph=True)
         model.cross_entropy = torch.compile(model.cross_entropy)
     shape = (micro_batch, run.train.seq_len)
     hidden = torch.randn(
