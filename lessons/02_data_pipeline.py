@@ -291,8 +291,8 @@ assert moved(row.documents) == "x" * 21 + "." * (T - 21)
 # closes.
 #
 # One question is left. At the end token, what is the target? The next token of the stream, which is the *first of the
-# next document*. There the model must say how a text begins, having read another one, mask or no mask. One target of
-# each document crosses its border in this way:
+# next document*. There the model must say how a text begins, having read another one. One target of each document
+# crosses its border in this way:
 
 # %%
 crossing = (batch.tokens == by_byte.end) & (batch.targets != by_byte.end)
@@ -300,11 +300,28 @@ print(f"{int(crossing.sum())} of {batch.targets.numel()} targets are the first t
 assert crossing.sum() == (batch.tokens == by_byte.end).sum()  # one for each document that ends in these rows
 
 # %% [markdown]
-# This library keeps them. They teach what a text begins with, which is what generation from an empty prompt needs, and
-# with documents of a thousand tokens they are a thousandth of the loss. The other way is to give them the target -100,
-# which counts for nothing. What is *not* a choice is to number documents by where the targets end, one position
-# too early: then the last token of a document no longer sees its own text. That bug is in the museum, as
-# `02.documents_of_targets`.
+# Without a mask this library keeps them. They teach what a text begins with, which is what generation from an empty
+# prompt needs, and with documents of a thousand tokens they are a thousandth of the loss.
+#
+# With `--document-mask` they get the target -100, which counts for nothing (`apart` above). Whoever asks for the mask
+# wants documents that have nothing to do with each other, packed for speed only. Then a row must have the loss that its
+# documents have one by one, and so it has: attention does not cross a border, and no target does. The price is that the
+# model never learns what follows an end token. Give it a prompt.
+
+# %%
+model, apart = make_model(), read_rows(notes, np.arange(full), T, by_byte.end, apart=True)
+print(f"{int((apart.targets == -100).sum())} targets are -100")
+assert (apart.targets == -100).equal(batch.tokens == by_byte.end)
+alone = row.tokens[:, 21:], row.targets[:, 21:].where(row.tokens[:, 21:] != by_byte.end, -100)
+with torch.no_grad():
+    packed = model.loss(model(row.tokens, row.positions, row.documents)[:, 21:], alone[1])
+    by_itself = model.loss(model(alone[0], None, row.documents[:, 21:]), alone[1])
+assert abs(packed - by_itself) < 1e-12
+print("what begins at token 21 has the same loss in the row as without all that is before it")
+
+# %% [markdown]
+# What is *not* a choice is to number documents by where the targets end, one position too early: then the last token of
+# a document no longer sees its own text. That bug is in the museum, as `02.documents_of_targets`.
 #
 # Positions go on through the row, 0 to $T - 1$, and do not start anew with each document. With rotary embeddings only
 # differences of positions act, so a document that starts at 21 is the same to the model as one that starts at 0:

@@ -605,20 +605,20 @@ print(
 # ## When does it stop paying?
 #
 # Set the time of a layer's exchanges against that of its products. With $R$ useful operations a second on a rank, $n$
-# ranks, links of $\beta$ bytes a second, and $\phi$ flops a token for the layer's forward:
+# ranks, links that take $\beta$ seconds a byte (chapter 00), and $\phi$ flops a token for the layer's forward:
 #
 # $$\text{products} = \frac{3 \phi}{n R}$$
 #
-# $$\text{exchanges} = 4 \cdot 2\,\frac{n-1}{n} \cdot \frac{D g}{\beta}$$
+# $$\text{exchanges} = 4 \cdot 2\,\frac{n-1}{n} \cdot \beta D g$$
 #
 # per token (backward is twice forward, and a ring carries $2\frac{n-1}{n}$ of a payload). Their ratio is
 #
 # $$\frac{\text{exchanges}}{\text{products}} = c\,(n-1)$$
 #
-# $$c = \frac{8\, D\, g\, R}{3\, \phi\, \beta}$$
+# $$c = \frac{8\, \beta\, D\, g\, R}{3\, \phi}$$
 #
 # The batch has cancelled: more tokens do not help here, and in data parallelism they did. For a layer of this kind
-# $\phi \approx 24 D^2 + 4DT$, so $c \approx gR / (\beta (9D + 1.5T))$: **wide models can be cut, narrow ones cannot.**
+# $\phi \approx 24 D^2 + 4DT$, so $c \approx \beta gR / (9D + 1.5T)$: **wide models can be cut, narrow ones cannot.**
 # And the speed-up of $n$ ranks, if nothing overlaps, is
 #
 # $$\frac{n}{1 + c\,(n-1)}$$

@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.table import Table
 
 from .collectives import ledger
-from .config import RunConfig
+from .config import ConfigError, RunConfig
 from .data.loader import Batch
 from .launch import launch
 from .legality import resolve
@@ -30,19 +31,23 @@ from .training.step import train_step
 
 
 def bench(run: RunConfig, warmup: int = 3) -> dict[str, Any]:
-    """Measure `run.train.steps` steps after `warmup` steps.
+    """Measure `run.train.steps` steps after `warmup` steps. Under `torchrun` every rank calls it.
 
     Returns:
         Plain data: layout, parameters, `tokens_per_second_per_rank`, `step_seconds` (all measured ones), `mfu` (None
         on the CPU), `peak_memory_bytes` of rank 0, `bytes_per_step` of rank 0, `matmul_tflops` of the machine (an
         8192 x 8192 x 8192 bf16 product; None on the CPU), and the resolved settings that matter.
+
+    Raises:
+        ConfigError: it cannot run.
     """
+    if warmup < 0:
+        raise ConfigError(f"warmup={warmup} must be 0 or above")
     vocab_size = run.model.vocab_size or run.data.expected_vocab_size
     run = resolve(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus=torch.cuda.device_count())
     size, train = run.mesh.world_size, run.train
     ranks = launch(_on_rank, run, warmup, world_size=size, device=train.device, timeout=None, output="hide")
-    # a step is as long as the slowest rank's
-    seconds = [max(times) for times in zip(*(r["step_seconds"] for r in ranks), strict=True)]
+    seconds = ranks[0]["step_seconds"]
     speed = train.batch_size * train.seq_len / statistics.median(seconds) / size
     peak = ranks[0]["peak_flops"]
     return {
@@ -83,8 +88,10 @@ def _on_rank(run: RunConfig, warmup: int) -> dict[str, Any]:
             train_step(parallel, optimizer, batches)
         _wait(device)
         seconds.append(time.perf_counter() - start)
+    every: list[list[float]] = [[]] * mesh.shape.world_size
+    dist.all_gather_object(every, seconds[warmup:])
     return {
-        "step_seconds": seconds[warmup:],
+        "step_seconds": [max(times) for times in zip(*every, strict=True)],  # a step is as long as the slowest rank's
         "peak_memory_bytes": memory_bytes(device),
         "bytes_per_step": {f"{axis} {op}": n for (axis, op), n in sent.items()},
         "peak_flops": peak_flops(device),

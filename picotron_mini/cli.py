@@ -43,7 +43,7 @@ class Verify(Run):
     Sizes, dtype, schedule, freezing and compiling count; text, tokenizer, --optimizer and --batch-size do not.
     """
 
-    json: bool = False  # print one JSON object instead of a table
+    json: bool = False  # print one JSON object instead of a table; an error that is no number is null in it
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ def _parse(kind: type[C], name: str, args: list[str], run: RunConfig | None = No
             run = _merge(run, read_config(Path(file)))
         args = _name_bare_layout(args)
         base["default"] = kind(run=run)  # type: ignore[call-arg]
+    if sum(arg.split("=")[0] == "--layout" for arg in args) > 1:
+        raise ConfigError("the layout is given more than once; write all axes as one, as dp=2,tp=2")
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
     described = (kind.__doc__ or "") + (f" Also --preset {{{','.join(PRESETS)}}} and --config FILE." if base else "")
     boxed = io.StringIO()
@@ -173,17 +175,13 @@ def _name_bare_layout(args: list[str]) -> list[str]:
     Whatever stands first and is no flag is meant as a layout, so that a wrong one is told what is wrong with it.
     """
     out: list[str] = []
-    bare = 0
     for arg in args:
         like_a_layout = re.fullmatch(r"[a-z]+=\d+(,[a-z]+=\d+)*", arg)
         if (like_a_layout and (not out or out[-1] not in ("--layout", "--name", "--out"))) or (
             not out and not arg.startswith("-")
         ):
             out.append("--layout")
-            bare += 1
         out.append(arg)
-    if bare > 1:
-        raise ConfigError("the layout is given more than once; write all axes as one, as dp=2,tp=2")
     return out
 
 
@@ -233,6 +231,12 @@ def _default_preset() -> RunConfig:
     return PRESETS["laptop"] if not gpus else replace(PRESETS["h100" if gpus == 1 else "h100x2"], layout="auto")
 
 
+def begin() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, so that ranks are stopped and files are closed in good order."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # --- commands ---------------------------------------------------------------------------------------------
 
 
@@ -241,6 +245,7 @@ def train_command(args: list[str]) -> int:
     wanted = _parse(Run, "train", args, _default_preset())
     from .train import train
 
+    begin()
     summary = train(wanted.run)
     return STOPPED if summary.get("stopped") else 0
 
@@ -250,6 +255,7 @@ def generate_command(args: list[str]) -> int:
     wanted = _parse(Generate, "generate", args)
     from .write import Wish, write
 
+    begin()
     wish = Wish(wanted.prompt, wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.seed)
     write(wanted.folder, wish, wanted.device, wanted.layout, wanted.dtype)
     return 0
@@ -266,9 +272,10 @@ def verify_command(args: list[str]) -> int:
     run = wanted.run
     model = replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size)
     train = replace(run.train, steps=min(run.train.steps, TRAIN.steps))  # a preset's hundreds would show nothing more
+    begin()
     report = verify(run.layout, model, train, gpus=torch.cuda.device_count())
     if wanted.json:
-        print(json.dumps(report.to_dict()))
+        print(json.dumps(report.to_dict(), allow_nan=False))
     else:
         _print(table(report))
     return 0 if report.ok else 1
@@ -284,7 +291,10 @@ def describe_command(args: list[str]) -> int:
 
     run = wanted.run
     vocab_size = run.model.vocab_size or run.data.expected_vocab_size
-    run = resolve(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus=torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    if run.train.device == "cuda":  # nothing runs here, so it does not matter what this machine has
+        gpus = max(gpus, 1 if run.layout == "auto" else run.mesh.world_size)
+    run = resolve(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus=gpus)
     _print(describe(run))
     return 0
 
@@ -293,8 +303,12 @@ def bench_command(args: list[str]) -> int:
     """measure tokens per second, MFU and memory of a layout"""
     wanted = _parse(Bench, "bench", args, PRESETS["laptop"])
     from .bench import bench, table
+    from .launch import first_rank
 
+    begin()
     result = bench(wanted.run, wanted.warmup)
+    if not first_rank():
+        return 0
     if wanted.json:
         print(json.dumps(result))
     else:

@@ -139,7 +139,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0  # 0: do not clip
-    freeze: tuple[str, ...] = ()  # parameters that stay as they are, by how their names begin, as embed or layers.0
+    freeze: tuple[str, ...] = ()  # parameters that stay as they are, by the first parts of their names, as layers.0
     bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
     zero_group: int = 0  # dp ranks that share one copy of what zero cuts; 0: all of them, fewer: HSDP
@@ -147,17 +147,25 @@ class TrainConfig:
     eval_batches: int = 8
     seed: int = 0
     dtype: Dtype = "float32"  # of the compute; weights below float32 keep float32 masters
+    # what bf16 weights have beside them: whole: float32 masters; split: the halves of those that the weights are not;
+    # none: nothing, and a bf16 state of the optimizer. A parameter's weight and masters take 6, 4 or 2 bytes.
+    masters: Literal["whole", "split", "none"] = "whole"
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
-    document_mask: bool = False  # a token attends inside its own document only
+    document_mask: bool = False  # a token attends inside its own document only, and predicts nothing outside it
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
     loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all
+    tensor_overlap: int = 1  # parts in which exchanges between tp ranks travel behind products; 1: all is waited for
     sequence_parallel: bool = False  # between tensor-parallel layers each tp rank keeps a part of the tokens only
 
     @property
     def chunks(self) -> int:
         """How many runs of layers a pipeline stage holds."""
         return self.virtual_stages if self.schedule == "interleaved" else 2 if self.schedule == "zb-v" else 1
+
+    def freezes(self, name: str) -> bool:
+        """Whether a parameter stays as it is: layers.1 freezes layers.1.mlp.up.weight, and not layers.10."""
+        return any(f"{name}.".startswith(f"{start.rstrip('.')}.") for start in self.freeze)
 
 
 @dataclass(frozen=True)
@@ -190,9 +198,12 @@ def divisors(n: int) -> list[int]:
 def model_problems(model: ModelConfig) -> list[str]:
     """What is wrong with a model's shape by itself, in words; empty when it is fine."""
     found = []
-    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_position"):
         if getattr(model, name) < 1:
             found.append(f"{name}={getattr(model, name)} must be at least 1")
+    for name, filled in (("vocab_size", "the tokenizer's entries"), ("head_dim", "hidden_size // num_heads")):
+        if getattr(model, name) < 0:
+            found.append(f"{name}={getattr(model, name)} must be at least 1, or 0 for {filled}")
     if found:
         return found
     if model.num_heads % model.num_kv_heads:
@@ -205,15 +216,28 @@ def model_problems(model: ModelConfig) -> list[str]:
             f"hidden_size={model.hidden_size} is not a multiple of num_heads={model.num_heads}; "
             f"num_heads could be {nearest(model.num_heads, divisors(model.hidden_size))}, or set head_dim"
         )
-    elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
-        found.append("head_dim must be even: rotary embedding turns pairs of channels")
+    elif (head_dim := model.head_dim or model.hidden_size // model.num_heads) % 2:
+        where = "" if model.head_dim else f" (hidden_size={model.hidden_size} / num_heads={model.num_heads})"
+        fits = " or ".join(str(even) for even in (head_dim - 1, head_dim + 1) if even)
+        found.append(
+            f"head_dim={head_dim}{where} must be even: rotary embedding turns pairs of channels; use head_dim={fits}"
+        )
     if not 0 < model.rope_theta < float("inf"):
         found.append(f"rope_theta={model.rope_theta} must be a number above 0, as 10000.0")
     if not 0 <= model.norm_eps < float("inf"):
         found.append(f"norm_eps={model.norm_eps} must be 0 or above, as 1e-05")
-    scaling = model.rope_scaling
-    if scaling is not None and not scaling.low_freq_factor < scaling.high_freq_factor:
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if model.rope_scaling is not None:
+        found += _scaling_problems(model.rope_scaling)
+    return found
+
+
+def _scaling_problems(scaling: RopeScaling) -> list[str]:
+    found = []
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+        if not 0 < getattr(scaling, name) < float("inf"):
+            found.append(f"rope_scaling: {name}={getattr(scaling, name)} must be a number above 0")
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if not found and not low < high:
         found.append(f"rope_scaling: low_freq_factor={low} must be below high_freq_factor={high}")
     return found
 

@@ -25,10 +25,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -77,6 +77,11 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that speaks: the only one, or rank 0 of those that `torchrun` has started."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 def launch(
     fn: Callable[..., Any],
     *args: Any,
@@ -121,6 +126,7 @@ def launch(
 def _start(payload: bytes, world_size: int, device: str, folder: Path, output: str) -> list[tuple[Any, Any]]:
     """Start every rank; returns (process, connection) a rank."""
     ranks = []
+    _start_fork_server()
     # multiprocessing would import the caller's main script in each rank. Nothing there is needed (the function
     # travels by value), and a script without an `if __name__` guard would start ranks of its own.
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -131,9 +137,10 @@ def _start(payload: bytes, world_size: int, device: str, folder: Path, output: s
             live = (DupFd(1), DupFd(2)) if output == "live" and rank == 0 else None
             arguments = (payload, rank, world_size, device, str(folder), live)
             process = _context.Process(target=_rank_main, args=(*arguments, dict(os.environ), theirs))
-            process.start()
-            theirs.close()
-            ranks.append((process, ours))
+            with _put_off(signal.SIGINT, signal.SIGTERM):  # else there could be a rank that is not in the list
+                process.start()
+                theirs.close()
+                ranks.append((process, ours))
     except BaseException:  # Ctrl-C, say: those that have started would wait for the others
         _signal_all(dict(enumerate(ranks)), signal.SIGKILL)
         for process, _ in ranks:
@@ -142,6 +149,34 @@ def _start(payload: bytes, world_size: int, device: str, folder: Path, output: s
     finally:
         sys.modules["__main__"] = main
     return ranks
+
+
+def _start_fork_server() -> None:
+    """If it does not run yet. Ctrl-C while it imports torch is not its business: it and the ranks inherit the mask."""
+    with _put_off(signal.SIGINT, signal.SIGTERM):
+        resource_tracker.ensure_running()  # it unblocks signals when it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _put_off(*signals: signal.Signals) -> Iterator[None]:
+    """Signals that arrive within the block take effect at its end; a mask would not do, libraries have threads."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers, and none runs them
+        known = [each for each in signals if signal.getsignal(each) is not None]  # None: not Python's, leave it
+        before = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in known}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _collect(

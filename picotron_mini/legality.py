@@ -8,8 +8,10 @@ refuses a run with every problem at once, before a process is started.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd, lcm
 
 from .config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, divisors, model_problems, nearest
+from .model.gpt import parameter_shapes
 
 
 def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
@@ -42,25 +44,27 @@ def context_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) ->
     """
     if mesh.cp == 1 or model_problems(model):
         return []
-    found = []
+    sizes = {name: getattr(model, name) for name in ("num_heads", "num_kv_heads")}
+    whole = gcd(*sizes.values())
+    if train.context == "ulysses" and whole % (mesh.cp * mesh.tp) and not whole % mesh.tp:
+        # another cp is needed, which changes what seq_len must be: so the advice counts both
+        fits = nearest(mesh.cp, [d for d in divisors(whole // mesh.tp) if not train.seq_len % d])
+        ring = "" if train.seq_len % (2 * mesh.cp) else ", or use context=ring"
+        wrong = " and ".join(f"{name}={n}" for name, n in sizes.items() if n % (mesh.cp * mesh.tp))
+        return [
+            f"cp*tp={mesh.cp * mesh.tp} does not divide {wrong}, and context=ulysses gives each rank whole heads; "
+            f"cp could be {fits}{ring}"
+        ]
     parts, why = (2 * mesh.cp, f"2*cp={2 * mesh.cp}") if train.context == "ring" else (mesh.cp, f"cp={mesh.cp}")
-    if train.seq_len % parts:
-        low = train.seq_len - train.seq_len % parts
-        fits = " or ".join(str(n) for n in (low, low + parts) if n)
-        found.append(
-            f"{why} does not divide seq_len={train.seq_len}, and context={train.context} cuts equal parts; "
-            f"use seq_len={fits}"
-        )
-    if train.context == "ulysses":
-        for name in ("num_heads", "num_kv_heads"):
-            size = getattr(model, name)
-            if size % (mesh.cp * mesh.tp) and not size % mesh.tp:
-                fits = nearest(mesh.cp, [d for d in divisors(size // mesh.tp) if d <= 4 * mesh.cp])
-                found.append(
-                    f"cp*tp={mesh.cp * mesh.tp} does not divide {name}={size}, and context=ulysses gives each rank "
-                    f"whole heads; cp could be {fits}, or use context=ring"
-                )
-    return found
+    if not train.seq_len % parts:
+        return []
+    step = lcm(parts, mesh.cp * mesh.tp) if train.sequence_parallel else parts
+    low = train.seq_len - train.seq_len % step
+    fits = " or ".join(str(n) for n in (low, low + step) if n)
+    return [
+        f"{why} does not divide seq_len={train.seq_len}, and context={train.context} cuts equal parts; "
+        f"use seq_len={fits}"
+    ]
 
 
 def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
@@ -105,7 +109,20 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
         fits = nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
         found.append(f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; it could be {fits}")
+    if train.tensor_overlap > 1:
+        if mesh.tp == 1:
+            found.append(
+                f"tensor_overlap={train.tensor_overlap} hides exchanges between tp ranks, and tp=1 has none; "
+                "use tp=2 or more, or tensor_overlap=1"
+            )
+        for setting, clash, use in (("schedule", ("zb-h1", "zb-v"), "1f1b"), ("recompute", ("selective",), "full")):
+            if getattr(train, setting) in clash:
+                found.append(
+                    f"tensor_overlap={train.tensor_overlap} does not go with {setting}={getattr(train, setting)}, "
+                    f"which takes a layer's backward apart in its own way; use {setting}={use} or tensor_overlap=1"
+                )
     for name, least in (
+        ("tensor_overlap", 1),
         ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
     ):  # fmt: skip
         if getattr(train, name) < least:
@@ -132,12 +149,40 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
     elif train.zero and mesh.dp == 1:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
+    if train.masters != "whole" and train.dtype != "bfloat16":
+        found.append(f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters")
+    elif train.masters != "whole" and train.zero:
+        found.append(
+            f"masters={train.masters} does not go with zero={train.zero}, which cuts the masters over dp; "
+            "use masters=whole or zero=0"
+        )
     if train.zero_group and not train.zero:
         found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
     elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):
         groups = [d for d in divisors(mesh.dp) if d > 1]
         near = f"zero_group could be {nearest(train.zero_group, groups)}" if groups else "leave it out"
         found.append(f"zero_group={train.zero_group} does not cut dp={mesh.dp} into groups of 2 or more; {near}")
+    return found
+
+
+def freeze_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
+    """What is wrong with `freeze`, in words: a name that is not there (all would be trained), or nothing left over."""
+    if not train.freeze or model_problems(model):
+        return []
+    filled = replace(
+        model, vocab_size=model.vocab_size or 1, head_dim=model.head_dim or model.hidden_size // model.num_heads
+    )
+    names = list(parameter_shapes(filled))
+    found = []
+    for start in train.freeze:
+        if not any(replace(train, freeze=(start,)).freezes(name) for name in names):
+            near = [name for name in names if start and name.startswith(start.split(".")[0])] or names
+            found.append(
+                f"freeze={start!r} begins no parameter's name (whole parts, up to a dot); they are "
+                f"{', '.join(near[:3])}, ..."
+            )
+    if not found and all(train.freezes(name) for name in names):
+        found.append(f"freeze={' '.join(train.freeze)} freezes every parameter and leaves nothing to train")
     return found
 
 
@@ -190,7 +235,7 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
     elif device == "cuda" and mesh.world_size > gpus:
         found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
-    found += training_problems(mesh, train)
+    found += training_problems(mesh, train) + freeze_problems(model, train)
     if not 0 < run.data.val_fraction < 1:
         found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
     if found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -51,18 +52,22 @@ class Report:
         return all(d.error <= d.tolerance for d in self.differences) and not self.bytes_problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for `--json`."""
+        """Plain data, for `--json`. An error that is no number (shapes differ, NaN) is None: JSON has no infinity."""
         return {
             "layout": self.layout,
             "ok": self.ok,
-            "max_rel_err": self.max_rel_err,
+            "max_rel_err": _finite(self.max_rel_err),
             "bytes_predicted": sum(self.bytes_predicted.values()),
             "bytes_counted": sum(self.bytes_counted.values()),
             "traffic": {k: [self.bytes_predicted.get(k, 0), n] for k, n in self.bytes_counted.items()},
-            "quantities": {d.quantity: {"error": d.error, "where": d.where} for d in self.differences},
+            "quantities": {d.quantity: {"error": _finite(d.error), "where": d.where} for d in self.differences},
             "first_divergence": self.first_divergence,
             "bytes_problems": self.bytes_problems,
         }
+
+
+def _finite(error: float) -> float | None:
+    return error if isfinite(error) else None
 
 
 def table(report: Report) -> Table:

@@ -21,7 +21,7 @@ from .data.loader import Loader, Prepared, prepare
 from .layout import to_json
 from .legality import resolve
 from .monitoring.environment import write_environment
-from .parallel.parallelize import check_frozen, layout_of
+from .parallel.parallelize import layout_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def make_ready(run: RunConfig, gpus: int, ranks: int | None = None) -> ReadyRun:
         )
     if run.name and (Path(run.name).name != run.name or run.name == ".."):
         raise ConfigError(f"name={run.name!r} must be the name of one folder; --out says where it goes")
+    if (length := len(os.fsencode(run.name))) > 255:
+        raise ConfigError(f"name={run.name[:20]!r}... has {length} bytes, and a folder's name may have 255")
     _check_writable(Path(run.out))
     folder = Path(run.out) / (run.name or f"{datetime.now():%Y-%m-%d-%H%M%S}")
     if folder.exists():
@@ -63,19 +65,33 @@ def make_ready(run: RunConfig, gpus: int, ranks: int | None = None) -> ReadyRun:
             f"{run.data.tokenizer!r}; use vocab_size>={prepared.vocab_size}, or 0 to take the tokenizer's"
         )
     run = resolve(replace(run, name=folder.name, model=replace(run.model, vocab_size=vocab_size)), gpus=gpus)
-    check_frozen(run.model, run.train.freeze)
     Loader(prepared, "train", run.train.seq_len, run.train.batch_size, run.train.seed)  # refuses too short a text
     return ReadyRun(run, prepared, folder)
 
 
 def _check_writable(folder: Path) -> None:
+    """Refuse a folder in which nothing can be made. It is not made here, since the run may yet be refused."""
+    there, why = folder.absolute(), None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+        while not _exists(there):
+            there = there.parent
+        if not there.is_dir():
+            why = "Not a directory"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            why = "Permission denied"
+    except OSError as error:  # a file on the way, a name that is too long, ...
+        why = error.strerror
+    if why:
+        raise UserError(f"cannot write to {folder}: {why}; choose another folder with --out")
+
+
+def _exists(path: Path) -> bool:
+    """As `path.exists()`, but what hides the answer is an error."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _prepare(run: RunConfig) -> Prepared:

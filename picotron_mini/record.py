@@ -83,13 +83,15 @@ class Recorder:
         save_hf(state, run.model, folder / "weights")
         self.tokenizer.save(folder / "weights")
         train_tokens, val = text.tokens("train"), text.tokens("val")[: seen + 1]
-        target_bytes = int(self.token_bytes[torch.as_tensor(val[1:].astype("int64"))].sum())
+        skip = text.end if run.train.document_mask else None  # after it nothing is predicted
+        targets = val[1:] if skip is None else val[1:][val[:-1] != skip]
+        target_bytes = int(self.token_bytes[torch.as_tensor(targets.astype("int64"))].sum())
         bits = val_loss * val_tokens / math.log(2) / max(target_bytes, 1)
         self.validation(done, val_loss, bits)
         speed = run.train.batch_size * run.train.seq_len * done / seconds if done else 0.0
         peak = peak_flops(self.device)
         flops = flops_per_token(run.model, run.train.seq_len) * speed / run.mesh.world_size
-        baseline = (train_tokens, val, run.model.vocab_size, self.token_bytes.numpy())
+        baseline = (train_tokens, val, run.model.vocab_size, self.token_bytes.numpy(), skip)
         summary = {
             "steps_done": done,
             "steps": run.train.steps,

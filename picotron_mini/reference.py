@@ -39,7 +39,7 @@ def reference(
     gpt.to(dtype)
     named = dict(gpt.named_parameters())
     for name, parameter in named.items():
-        parameter.requires_grad_(not name.startswith(train.freeze))
+        parameter.requires_grad_(not train.freezes(name))
     trained = [p for p in named.values() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},

@@ -136,8 +136,9 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
         torch.set_float32_matmul_precision("high")
 
     # data
-    text = Loader(ready.prepared, "train", train.seq_len, train.batch_size, train.seed)
-    held_out = Loader(ready.prepared, "val", train.seq_len, train.batch_size, shuffle=False)
+    size, apart = (train.seq_len, train.batch_size), train.document_mask
+    text = Loader(ready.prepared, "train", *size, train.seed, apart=apart)
+    held_out = Loader(ready.prepared, "val", *size, shuffle=False, apart=apart)
 
     def share(loader: Loader, n: int) -> list[Batch]:
         dp, number = mesh["dp"], train.micro_batches

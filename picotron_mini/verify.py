@@ -30,7 +30,7 @@ from .launch import launch, under_torchrun
 from .legality import resolve
 from .mesh import Mesh, coordinates
 from .model.gpt import IGNORE
-from .parallel.parallelize import check_frozen, layout_of, parallelize
+from .parallel.parallelize import layout_of, parallelize
 from .parallel.traffic import predict_step
 from .parity import Difference, Errors, Report, named
 from .reference import Snapshot, reference
@@ -135,7 +135,6 @@ def verify(
     run = runs[0]
     device = run.train.device  # resolved: "auto" is one of the two by now
     whole = layout_of(run)
-    check_frozen(run.model, run.train.freeze)
     predicted = [predict_step(run, whole, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
     batches = make_batches(run)
     per_rank = launch(_on_rank, runs, batches, patch, world_size=run.mesh.world_size, device=device, output="hide")

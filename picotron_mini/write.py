@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import MeshShape, RunConfig, TrainConfig, UserError
+from .config import ConfigError, MeshShape, RunConfig, TrainConfig, UserError
 from .data.tokenizer import Tokenizer, load_tokenizer
-from .launch import launch
+from .launch import first_rank, launch, under_torchrun
 from .legality import resolve
 from .mesh import Mesh
-from .model.generate import KeyValueCache, next_logits, stream
+from .model.generate import KeyValueCache, check_draws, next_logits, stream
 from .model.gpt import GPT
 from .model.hf import load_hf
 from .parallel import generate as spread
@@ -55,14 +55,15 @@ class Wish:
 
 
 def write(folder: str, wish: Wish, device: str = "auto", layout: str = "1", dtype: str = "float32") -> None:
-    """Print the prompt and what the model makes of it.
+    """Print the prompt and what the model makes of it. Under `torchrun` every rank calls it, and rank 0 prints.
 
     Args:
         layout: over how many ranks the model is spread, as "tp=2,pp=2"; "1" is one device.
 
     Raises:
-        UserError: the folder holds no whole model, or it does not fit the layout or the machine.
+        UserError: the wish cannot be met, the folder holds no whole model, or it does not fit the layout or machine.
     """
+    check_draws(wish.temperature, wish.top_k, wish.max_new_tokens, wish.seed)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
         raise UserError("device=cuda, and torch sees no GPU; use --device cpu")
@@ -72,7 +73,13 @@ def write(folder: str, wish: Wish, device: str = "auto", layout: str = "1", dtyp
     # cp ranks are replicas here: the sequence of a training step, which they would share, has a length that fits
     train = TrainConfig(device=device, dtype=dtype, seq_len=2 * MeshShape.parse(layout).cp)  # type: ignore[arg-type]
     run = resolve(RunConfig(layout, model=model.config, train=train), gpus=gpus)
-    if run.mesh.world_size == 1:
+    room = model.config.max_position - max(len(tokenizer.encode(wish.prompt)), 1)
+    if wish.max_new_tokens > room:
+        raise ConfigError(
+            f"max_new_tokens={wish.max_new_tokens} does not fit: of the model's "
+            f"max_position={model.config.max_position} the prompt leaves {max(room, 0)}"
+        )
+    if run.mesh.world_size == 1 and not under_torchrun():
         model.to(device, getattr(torch, dtype))
         _print(partial(next_logits, model), tokenizer, wish, torch.device(device))
     else:
@@ -95,6 +102,7 @@ def _print(
     shown = len(tokenizer.decode(ids))
     waiting = wish.prompt  # printed with the first piece, so that what cannot work is refused before
     tokens = torch.tensor([ids], device=device)
+    speaks = first_rank()  # all ranks of `torchrun` have the same text
     for new in stream(
         scores, tokens, wish.max_new_tokens, temperature=wish.temperature, top_k=wish.top_k, seed=wish.seed,
         stop_token=tokenizer.end,
@@ -103,7 +111,8 @@ def _print(
             break
         ids.append(int(new))
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
+        if speaks and not text.endswith("\ufffd"):
             print(waiting + text[shown:], end="", flush=True)
             waiting, shown = "", len(text)
-    print(waiting + tokenizer.decode(ids)[shown:])  # and what was held back when writing ended
+    if speaks:
+        print(waiting + tokenizer.decode(ids)[shown:])  # and what was held back when writing ended

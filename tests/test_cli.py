@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -264,6 +265,10 @@ WRONG_USE: dict[str, tuple[list[str], list[str]]] = {
     "axis": (["train", "ep=2"], ["'ep'", "pp, dp, cp, tp"]),
     "axis twice": (["train", "dp=2,dp=2"], ["'dp'", "twice"]),
     "no size": (["train", "--layout", "dp"], ["'dp'", "dp=2,tp=2"]),
+    "layout twice": (["train", "--layout", "dp=2", "--layout", "tp=2"], ["layout", "more than once"]),
+    "layout bare and as a flag": (["bench", "dp=2", "--layout=tp=2"], ["layout", "more than once"]),
+    "layout twice in generate": (["generate", "x", "--layout", "1", "--layout", "tp=2"], ["more than once"]),
+    "negative warm-up": (["bench", "dp=1", "--warmup", "-1"], ["warmup=-1", "0 or above"]),
     "size zero": (["describe", "tp=0"], ["tp=0", "at least 1"]),
     "no folder": (["generate"], ["a run's folder"]),
     "device": (["generate", "x", "--device", "tpu"], ["'tpu'", "cuda"]),
@@ -357,6 +362,12 @@ CANNOT_START: dict[str, tuple[str, list[str]]] = {
     "a vocabulary too small to split": ("tp=2 --vocab-size 1 --num-kv-heads 4", ["vocab_size=1"]),
     "size of the tokenizer": ("--tokenizer bpe --tokenizer-size 100", ["tokenizer_size=100", "257"]),
     "two problems": ("tp=3 --steps 0", ["tp=3", "steps=0"]),
+    "everything frozen": ("--freeze embed layers norm", ["freeze=embed layers norm", "nothing to train"]),
+    "frozen by a part of a word": ("--freeze layer", ["freeze='layer'", "layers.0.attention_norm.weight"]),
+    "a long name": (f"--name {'n' * 300}", ["name='nnn", "300 bytes", "255"]),
+    "a name that is no folder": ("--name a/b", ["name='a/b'", "--out"]),
+    "a negative seed": ("--seed -1", ["seed=-1", "0 or above"]),
+    "a huge seed": ("--seed 99999999999999999999", ["seed=99999999999999999999", "below 2**63"]),
 }
 
 
@@ -372,7 +383,8 @@ def refuses(fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(train_module, "launch", no_process)
 
     def run(status: int, *args: str) -> str:
-        message = fails(status, "train", "--layout", "dp=1", *TINY, "--text", "text.txt", "--name", "new", *args)
+        layout = [] if any("=" in arg for arg in args) else ["dp=1"]
+        message = fails(status, "train", *TINY, "--text", "text.txt", "--name", "new", *layout, *args)
         assert not Path("runs/new").exists()
         return message
 
@@ -435,6 +447,12 @@ def test_text_that_cannot_be_used(case: str, refuses: Callable[..., str], tmp_pa
         assert word in message
 
 
+def test_what_is_refused_before_the_text_is_read_leaves_nothing(refuses: Callable[..., str]) -> None:
+    for flags in ("--freeze layers.99", "--freeze embed layers norm", "--text nowhere.txt", "tp=3", "--name .."):
+        refuses(1 if "nowhere" in flags else 2, *flags.split())
+        assert [path.name for path in Path().iterdir()] == ["text.txt"], flags
+
+
 def test_a_run_folder_that_exists_is_not_touched(refuses: Callable[..., str], tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "old"
     folder.mkdir(parents=True)
@@ -465,6 +483,11 @@ def test_a_folder_without_permission(refuses: Callable[..., str], tmp_path: Path
 def test_other_commands_refuse_too(command: str, fails: Callable[..., str]) -> None:
     assert "num_heads" in fails(2, command, "tp=5")
     assert "--nonsense" in fails(2, command, "--nonsense")
+    assert "leaves nothing to train" in fails(2, command, "dp=2", "--freeze", "embed", "layers", "norm")
+    assert "begins no parameter's name" in fails(2, command, "dp=2", "--freeze", "layers.99")
+    for seed in ("-1", str(10**30)):
+        assert f"seed={seed} must be 0 or above" in fails(2, command, "dp=2", "--seed", seed)
+    assert "vocab_size=-5 must be" in fails(2, command, "dp=2", "--vocab-size", "-5")
 
 
 # --- describe and verify ----------------------------------------------------------------------------------
@@ -478,6 +501,15 @@ def test_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     out, err = capsys.readouterr()
     assert err == ""
     assert "layers.*.attention.q.weight" in out and "bytes, stage 1" in out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_describe_needs_no_gpu(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as end:
+        main(["describe", "--preset", name])
+    out, err = capsys.readouterr()
+    assert (end.value.code, err) == (0, "") and "where the parameters live" in out
 
 
 @pytest.mark.slow
@@ -514,3 +546,62 @@ def test_verify_prints_a_table(capfd: pytest.CaptureFixture[str]) -> None:
     out = capfd.readouterr().out
     for quantity in ("loss", "gradients", "gradient norm", "weights"):
         assert quantity in out
+
+
+# --- under torchrun, and Ctrl-C ---------------------------------------------------------------------------
+
+
+def under_torchrun(*args: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+    meet = ("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
+    return python("-m", "torch.distributed.run", *meet, "-m", "picotron_mini", *args, env=env)
+
+
+@pytest.mark.slow
+def test_bench_speaks_once_under_torchrun_and_counts_the_slowest_rank() -> None:
+    flags = [*TINY[: TINY.index("--steps")], "--steps", "3", "--batch-size", "4", "--warmup", "0", "--device", "cpu"]
+    done = under_torchrun("bench", "dp=2", "--json", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["layout"] == "dp=2" and len(result["step_seconds"]) == 3
+
+
+@pytest.mark.slow
+def test_generate_speaks_once_under_torchrun(tmp_path: Path) -> None:
+    from picotron_mini.data.tokenizer import byte_tokenizer
+    from picotron_mini.model.gpt import GPT, init_weights
+    from picotron_mini.model.hf import save_hf
+
+    config = ModelConfig(vocab_size=257, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8)
+    model = GPT(config)
+    init_weights(model, 0)
+    save_hf({name: weight.detach() for name, weight in model.named_parameters()}, config, tmp_path / "weights")
+    byte_tokenizer().save(tmp_path / "weights")
+    wanted = ("generate", str(tmp_path), "once upon", "--max-new-tokens", "9", "--device", "cpu", "--dtype", "float64")
+    alone = python("-m", "picotron_mini", *wanted)
+    done = under_torchrun(*wanted, "--layout", "tp=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout and done.stdout.count("once upon") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.2, 0.8, 1.5, 2.2, 3.0, 4.0])
+def test_ctrl_c_while_it_starts(delay: float) -> None:
+    """It reaches every process of the terminal: this one while it imports, the fork server, a rank that begins."""
+    command = [sys.executable, "-m", "picotron_mini", "bench", "dp=2,tp=2", *TINY[: TINY.index("--steps")]]
+    started = subprocess.Popen(
+        [*command, "--steps", "1000000", "--batch-size", "4", "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(delay)
+    os.killpg(started.pid, signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode in (130, -signal.SIGINT), err
+    assert (out, err) == ("", "stopped\n")
+    for _ in range(100):
+        try:
+            os.killpg(started.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process is left")

@@ -253,6 +253,35 @@ def test_another_seed_is_another_run(text: Path, tmp_path: Path) -> None:
     assert all(a != b for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
+def test_with_documents_apart_the_summary_counts_what_is_predicted(tmp_path: Path) -> None:
+    """The first token of a document is no target, for the model and for the bigram that it is compared with."""
+    from picotron_mini.data.bigram import bigram_bits_per_byte
+
+    draw = random.Random(0)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for n in range(40):
+        (texts / f"{n}.txt").write_text("".join(draw.choices("abcdef ", k=draw.randint(40, 300))))
+    folder = train_in(tmp_path, texts, "dp=2", "--steps", "1", "--document-mask", "--val-fraction", "0.2")
+    summary = read(folder / "summary.json")
+    prepared = Prepared(**{k: summary["data"][k] for k in Prepared.__dataclass_fields__})
+    val, end = prepared.tokens("val"), prepared.end
+    assert prepared.val_documents > 1 and summary["val_tokens"] == len(val) - prepared.val_documents
+    model, total, size = load(folder), 0.0, 0
+    held_out = Loader(prepared, "val", 32, 8, shuffle=False)
+    with torch.no_grad():
+        for batch in (held_out.batch(n) for n in range(held_out.num_batches)):
+            targets = torch.where(batch.tokens == end, -100, batch.targets)
+            total += float(model.loss(model(batch.tokens, batch.positions, batch.documents), targets))
+            size += int(((targets != -100) & (targets != end)).sum())  # tokens are bytes, and an end token has none
+    assert summary["val_bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
+    token_bytes = prepared.load_tokenizer().token_bytes()
+    bigram = bigram_bits_per_byte(prepared.tokens("train"), val, 257, token_bytes, end)
+    assert summary["bigram_bits_per_byte"] == pytest.approx(bigram)
+    assert bigram != bigram_bits_per_byte(prepared.tokens("train"), val, 257, token_bytes)
+
+
 def test_python_sees_the_same_batches_as_the_ranks(text: Path, tmp_path: Path) -> None:
     """The first loss of a run is the loss of the initial model on batch 0, here computed by hand."""
     from picotron_mini.model.gpt import GPT, init_weights

@@ -10,7 +10,7 @@ import pytest
 
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig
 from picotron_mini.legality import layout_problems
-from picotron_mini.parity import Report, table
+from picotron_mini.parity import Difference, Report, table
 from picotron_mini.verify import MODEL, TRAIN, verify
 
 SHAPES = [
@@ -172,6 +172,14 @@ def test_report_as_data_and_as_table(capsys: pytest.CaptureFixture[str]) -> None
     assert data["bytes_predicted"] == data["bytes_counted"] > 0
     Console(width=120).print(table(report))
     assert "equal to one device" in capsys.readouterr().out
+
+
+def test_an_error_that_is_no_number_is_null_in_json() -> None:
+    differences = [Difference("loss", float("inf"), "step 0", 1e-9), Difference("weights", 1e-15, "norm.weight", 1e-9)]
+    report = Report("tp=2", differences, {}, {})
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["ok"] is False and data["max_rel_err"] is None
+    assert [each["error"] for each in data["quantities"].values()] == [None, 1e-15]
 
 
 @pytest.mark.parametrize(

@@ -199,11 +199,28 @@ def test_not_a_run(name: str, tmp_path: Path, said: Callable[..., tuple[int, str
     assert err == f"error: {tmp_path / name} holds no weights; give the folder of a finished run, as runs/my-run\n"
 
 
-@pytest.mark.parametrize("flags", ["--temperature -1", "--top-k -1", "--max-new-tokens -1"])
-def test_numbers_out_of_range(flags: str, folder: Path, said: Callable[..., tuple[int, str, str]]) -> None:
-    status, out, err = said(folder, "x", *flags.split())
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--temperature -1", "temperature=-1.0 must be a number, 0 (always the most likely token) or above"),
+        ("--temperature nan", "temperature=nan must be a number"),
+        ("--temperature inf", "temperature=inf must be a number"),
+        ("--top-k -1", "top_k=-1 cannot be negative"),
+        ("--max-new-tokens -1", "max_new_tokens=-1 cannot be negative"),
+        ("--max-new-tokens 1000000000000", "of the model's max_position=8192 the prompt leaves 8191"),
+        ("--seed -1", "seed=-1 must be 0 or above"),
+        ("--seed 99999999999999999999999", "seed=99999999999999999999999 must be 0 or above, and below 2**63"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["1", "tp=2"])
+def test_numbers_out_of_range(
+    flags: str, words: str, layout: str, folder: Path, said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(write_module, "launch", None)  # no process is started
+    status, out, err = said(folder, "x", "--layout", layout, *flags.split())
     assert (status, out) == (2, "")
-    assert "cannot be negative" in err and "-1" in err
+    assert words in err and err.count("error:") == 1 and "Traceback" not in err
 
 
 def test_a_gpu_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Exercises of chapter 03, data parallelism: what is summed, and what it costs.
+"""Exercises of chapter 03, data parallelism: what is summed.
 
 For each: the right answer, the mistakes that people make, and what tells them apart. The checkers run the answer on
-what is really there: ranks that add up gradients, a ledger that counts what was sent.
+what is really there: ranks that add up gradients.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collectives import all_reduce, ledger
+from ..collectives import all_reduce
 from ..config import MeshShape
-from ..launch import launch
+from ..launch import RankError, launch
 from ..mesh import Axis, Mesh
-from ..parallel.data import GradientBuckets
 from .exercises import Exercise, Mistake, NotAttempted
 
 RANKS = 2
@@ -80,6 +79,21 @@ _LOSSES = {
     "masked tokens kept": (
         lambda losses, mask, axis: losses.sum() / all_reduce(mask.sum(), axis),
         "losses of tokens that the mask leaves out are in the sum",
+    ),
+    "mean of everything": (
+        lambda losses, mask, axis: losses.mean(),
+        "this is the mean over all of this rank's tokens, masked or not; take the sum of the targets' losses, and "
+        "divide by the number of targets of all ranks",
+    ),
+    "times the ranks": (
+        lambda losses, mask, axis: losses[mask].sum() / all_reduce(mask.sum(), axis) * axis.size,
+        "times the number of ranks is right where gradients are averaged afterwards, as PyTorch's DDP does; here they "
+        "are summed",
+    ),
+    "loss of all": (
+        lambda losses, mask, axis: all_reduce(losses[mask].sum(), axis) / all_reduce(mask.sum(), axis),
+        "this is the loss of all ranks, on each of them; a rank differentiates its own tokens' part, and the sum over "
+        "ranks is made of the gradients",
     ),
 }
 
@@ -169,6 +183,7 @@ _NEW = (
     "the gradients are still each rank's own: `all_reduce(x, axis)` returns the sum as a new tensor and leaves x as it "
     "is; put the sum into .grad"
 )
+_NONE = "a frozen parameter has no gradient: its .grad is None on every rank, and there is nothing to sum; skip it"
 _TIED = "the tied parameter is listed twice and was summed twice; go through each parameter once"
 
 
@@ -177,6 +192,11 @@ def _reduce_and_fill(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     reduce_gradients(parameters, axis)
+
+
+def _reduce_without_looking(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+    for parameter in dict.fromkeys(parameters):
+        parameter.grad = all_reduce(parameter.grad, axis)  # type: ignore[arg-type]
 
 
 def _gradients_after(answer: Answer, axis: Axis) -> tuple[list[tuple[Tensor, Tensor]], bool, bool]:
@@ -192,7 +212,13 @@ def _gradients_after(answer: Answer, axis: Axis) -> tuple[list[tuple[Tensor, Ten
 
 
 def _run_reduce(answer: Answer) -> str | None:
-    for ((plain, sum_plain), (tied, sum_tied)), still_none, moved in _on_ranks(_gradients_after, answer):
+    try:
+        results = _on_ranks(_gradients_after, answer)
+    except RankError as error:
+        if "NoneType" in str(error):
+            return _NONE
+        raise
+    for ((plain, sum_plain), (tied, sum_tied)), still_none, moved in results:
         if not still_none:
             return _FILLED
         if _near(plain, sum_plain / RANKS):
@@ -204,74 +230,6 @@ def _run_reduce(answer: Answer) -> str | None:
         if not _near(tied, sum_tied):
             return _TIED
     return None
-
-
-# --- 3: what it costs -------------------------------------------------------------------------------------
-
-
-def step_bytes_stub(sizes: Sequence[int], itemsize: int, micro_batches: int, ranks: int) -> int:
-    """Predict the bytes that one rank hands to all_reduce in one step of `GradientBuckets`.
-
-    Args:
-        sizes: elements of each parameter.
-        itemsize: bytes of an element of the weights: 2 for bf16, 4 for float32, 8 for float64.
-    """
-    raise NotAttempted
-
-
-def step_bytes(sizes: Sequence[int], itemsize: int, micro_batches: int, ranks: int) -> int:
-    """Once a step, at least float32, and one flag for each parameter."""
-    return (sum(sizes) + len(sizes)) * max(itemsize, 4)
-
-
-_COSTS: dict[str, tuple[Answer, str]] = {
-    "every micro-batch": (
-        lambda sizes, itemsize, micro_batches, ranks: step_bytes(sizes, itemsize, 1, 1) * micro_batches,
-        "the sums are taken once a step, in the last micro-batch's backward: the number of micro-batches is no factor",
-    ),
-    "no flags": (
-        lambda sizes, itemsize, micro_batches, ranks: sum(sizes) * max(itemsize, 4),
-        "each parameter carries one number more, which says whether its gradient exists on a rank",
-    ),
-    "narrow sums": (
-        lambda sizes, itemsize, micro_batches, ranks: (sum(sizes) + len(sizes)) * itemsize,
-        "gradients of bf16 weights are summed in float32: 4 bytes an element, not 2",
-    ),
-    "on the wire": (
-        lambda sizes, itemsize, micro_batches, ranks: step_bytes(sizes, itemsize, 1, 1) * 2 * (ranks - 1) // ranks,
-        "2(n-1)/n is what a ring puts on the wire; the question is what a rank hands to all_reduce",
-    ),
-}
-_CASES = [([5, 7], torch.float32, 1), ([5, 7], torch.bfloat16, 1), ([3, 1, 8], torch.float64, 3)]
-
-
-def _counted(axis: Axis) -> list[int]:
-    out = []
-    for sizes, dtype, micro_batches in _CASES:
-        weights = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in sizes]
-        reducer = GradientBuckets(weights, axis, 24)
-        with ledger.recording() as record:
-            for m in range(micro_batches):
-                if m == micro_batches - 1:
-                    reducer.arm()
-                torch.stack([weight.sum() for weight in weights]).sum().backward()
-            reducer.finish()
-        out.append(sum(record.values()))
-    return out
-
-
-def _run_step_bytes(answer: Answer) -> str | None:
-    ranks = 4  # where a ring's factor differs from 1
-    arguments = [(sizes, dtype.itemsize, micro_batches, ranks) for sizes, dtype, micro_batches in _CASES]
-    got = [answer(*each) for each in arguments]
-    counted = _on_ranks(_counted)[0]
-    if got == counted:
-        return None
-    for wrong, hint in _COSTS.values():
-        if got == [wrong(*each) for each in arguments]:
-            return hint
-    at = next(i for i, pair in enumerate(zip(got, counted, strict=True)) if pair[0] != pair[1])
-    return f"for step_bytes{arguments[at]} the ledger counts {counted[at]}, not {got[at]}"
 
 
 EXERCISES = [
@@ -298,16 +256,8 @@ EXERCISES = [
             Mistake("zeros for what is frozen", _reduce_and_fill, _FILLED),
             Mistake("mean", _reduce_to_mean, _MEAN),
             Mistake("tied twice", _reduce_tied_twice, _TIED),
+            Mistake("None not skipped", _reduce_without_looking, _NONE),
         ),
         run=_run_reduce,
-    ),
-    Exercise(
-        id="03.step_bytes",
-        title="The price, to the byte",
-        task="Predict how many bytes a rank hands to all_reduce in one step. The ledger of a real run decides.",
-        stub=step_bytes_stub,
-        reference=step_bytes,
-        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _COSTS.items()),
-        run=_run_step_bytes,
     ),
 ]

@@ -100,7 +100,7 @@ def draw_mesh(shape: MeshShape) -> Picture:
     """The ranks of a mesh as a grid: a panel for each pp index, a row for each dp index, a column for each tp index."""
     said = []
     with drawing():
-        fig = figure(1.4 + 1.5 * shape.pp * max(shape.tp, 2) / 2, 0.5 + 0.45 * shape.dp)
+        fig = figure(1.4 + 1.5 * shape.pp * max(shape.tp, 2) / 2, 0.75 + 0.45 * shape.dp)
         panels = fig.subplots(1, shape.pp, squeeze=False)[0]
         for pp, axes in enumerate(panels):
             for rank in range(shape.world_size):
@@ -109,7 +109,9 @@ def draw_mesh(shape: MeshShape) -> Picture:
                     _box(axes, at["tp"], at["dp"], PALE[at["dp"] % len(PALE)], str(rank))
             for dp in range(shape.dp):
                 axes.text(-0.15, dp + 0.45, f"dp={dp}", ha="right", va="center")
-            _frame(axes, f"pp={pp}", shape.tp, shape.dp)
+            for tp in range(shape.tp):
+                axes.text(tp + 0.47, shape.dp + 0.1, f"tp={tp}", ha="center", va="top")
+            _frame(axes, f"pp={pp}", shape.tp, shape.dp + 0.5)
     for name in ("tp", "dp", "pp"):
         members = sorted({Mesh(shape, rank)[name].ranks for rank in range(shape.world_size)})
         said.append(f"{name}: " + "; ".join(" and ".join(map(str, ranks)) for ranks in members))

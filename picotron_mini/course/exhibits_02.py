@@ -83,8 +83,8 @@ def documents_of_targets() -> None:
     """Documents are numbered by where the *targets* end, one token too early."""
     real = loader.read_rows
 
-    def read_rows(stream: np.ndarray, rows: np.ndarray, seq_len: int, end: int) -> Batch:
-        batch = real(stream, rows, seq_len, end)
+    def read_rows(stream: np.ndarray, rows: np.ndarray, seq_len: int, end: int, apart: bool = False) -> Batch:
+        batch = real(stream, rows, seq_len, end, apart)
         batch.documents = (batch.targets == end).long().cumsum(1)
         return batch
 

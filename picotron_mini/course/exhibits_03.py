@@ -4,6 +4,8 @@
 # mypy: disable-error-code="attr-defined, method-assign, assignment"
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..collectives import Done, all_reduce
@@ -55,14 +57,27 @@ def accumulation_lost() -> None:
 
 
 def reduced_too_early() -> None:
-    """The reductions start in the first micro-batch's backward, while gradients are still being added up."""
-    real = GradientBuckets.reset
+    """The sums start in the first micro-batch's backward, while gradients are still being added up.
 
-    def reset(self: GradientBuckets) -> None:
-        real(self)
+    Each is waited for at once, so that the bug shows alike in every run: what later backwards add stays on its rank.
+    """
+    real_init, real_reset, real_start = GradientBuckets.__init__, GradientBuckets.reset, GradientBuckets._start
+
+    def init(self: GradientBuckets, *arguments: Any, **options: Any) -> None:
+        real_init(self, *arguments, **options)
         self.armed = True
 
-    GradientBuckets.reset = reset
+    def reset(self: GradientBuckets) -> None:
+        real_reset(self)
+        self.armed = True
+
+    def start(self: GradientBuckets) -> None:
+        real_start(self)
+        work = self.buckets[self.next - 1].work
+        assert work is not None
+        work.wait()
+
+    GradientBuckets.__init__, GradientBuckets.reset, GradientBuckets._start = init, reset, start
     GradientBuckets.arm = lambda self, times=None: None
 
 
@@ -75,9 +90,10 @@ EXHIBITS = [
     Exhibit(
         id="03.parameter_reduced",
         title="The hook that reduced the parameter",
-        story="In the naive data parallel of huggingface/picotron (commit 59714b1), the hook that autograd calls once "
-        "a gradient is ready is handed the parameter, not the gradient, and all-reduces what it is handed. So the "
-        "weights are averaged once a step and each rank updates them with a gradient of its own.",
+        story="In the naive data parallel of huggingface/picotron (commit 59714b1, class DataParallelNaive), the hook "
+        "that autograd calls once a gradient is ready is handed the parameter, not the gradient, and all-reduces what "
+        "it is handed. So the weights are averaged once a step and each rank updates them with a gradient of its own. "
+        "The class that its training script uses, DataParallelBucket, sums gradients.",
         symptom="the loss falls, as it does on one rank; the ranks' gradients differ.",
         patch=parameter_reduced,
         killed_on=("dp=2",),

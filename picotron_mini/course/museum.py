@@ -2,7 +2,7 @@
 
     show("03.parameter_reduced")             the story, and the mutant's source
     run("03.parameter_reduced", "dp=2")      the oracle with the mutant: which number diverges first
-    kill("03.parameter_reduced", my_test)    does a learner's own test notice it?
+    kill("03.parameter_reduced", my_test)    does a learner's own test notice it, on the first layout where it shows?
 
 A mutant is a function that is called inside each rank before anything else and replaces a part of the library there;
 the process that started the ranks, and the next launch, never see it. Most of these bugs crash nothing. They train,
@@ -12,6 +12,10 @@ its oracle must kill it, and those on which it is invisible (usually the ones th
 The oracle is `verify`. What `verify` does not look at (which rows a batch holds, what a checkpoint brings back) an
 exhibit judges by a `check` of its own. That is a test in the form of a learner's: called on every rank with the mesh,
 it raises where something is wrong, and it must pass on the sound library.
+
+To notice is to assert. A test that ends in another error with the bug in the library, or in ranks that wait for each
+other, has met the bug and not seen it: that is reported as a crash. Where the bug itself is a crash or a hang, the
+exhibit says so (`crashes`), and then a crash is what kills it.
 
 Exhibits are the lists `EXHIBITS` of `course/exhibits_*.py`.
 """
@@ -52,9 +56,11 @@ class Verdict:
 
     Attributes:
         first_divergence: the first rank that raised and its last line; None: no rank did.
+        crashed: what it raised was no assertion, or the ranks waited for each other.
     """
 
     first_divergence: str | None
+    crashed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -76,6 +82,7 @@ class Exhibit:
         check: the oracle in place of `verify`, importable as `patch` is. A patch replaces attributes of modules, so
             it must look up what it calls there: `loader.row_order(...)`, not a name that was imported alone. The
             first line of its docstring says what it demands.
+        crashes: with the bug, ranks fail or wait for each other on the layouts of `killed_on`.
     """
 
     id: str
@@ -88,6 +95,7 @@ class Exhibit:
     model: ModelConfig = MODEL
     train: TrainConfig = TRAIN
     check: Test | None = None
+    crashes: bool = False
 
     @property
     def chapter(self) -> str:
@@ -119,7 +127,8 @@ def show(exhibit_id: str) -> None:
     print(f"\nWhat one sees: {textwrap.fill(item.symptom, 100)}")
     if item.check is not None:
         print(f"What notices it: {(inspect.getdoc(item.check) or '').splitlines()[0]}")
-    print(f"Killed on: {' · '.join(item.killed_on)}. Invisible on: {' · '.join(item.survives_on) or 'nothing'}.\n")
+    print(f"Killed on: {' · '.join(item.killed_on)}. Invisible on: {' · '.join(item.survives_on) or 'nothing'}.")
+    print(f"`kill` runs a test on {item.killed_on[0]}, unless it is given another layout.\n")
     print(inspect.getsource(item.patch).rstrip())
 
 
@@ -148,27 +157,33 @@ def ask(test: Test, layout: str, patch: Callable[[], None] | None = None) -> Ver
     try:
         launch(_on_rank, test, shape, patch, world_size=shape.world_size, timeout=PATIENCE, output="hide")
     except (RankError, UserError) as error:
-        return Verdict(one_line(error))
+        line = one_line(error)
+        return Verdict(line, crashed=": AssertionError" not in line)
     return Verdict(None)
 
 
 def _on_rank(test: Test, shape: MeshShape, patch: Callable[[], None] | None) -> None:
     if patch is not None:
         patch()
-    test(Mesh.build(shape))
+    mesh = Mesh.build(shape)
+    try:
+        test(mesh)
+    except AssertionError as error:  # in one line, so that the report begins with what kind of error it was
+        raise AssertionError(*str(error).splitlines()[:1]) from None
 
 
 def kill(exhibit_id: str, test: Test | None = None, layout: str | None = None, *, record: bool = True) -> Outcome:
-    """Say whether a learner's test tells the sound library from the mutant, in one printed line.
+    """Say whether a learner's test tells the sound library from the mutant, in one printed line that names the layout.
 
     Args:
-        test: called on every rank with the mesh; raises (as `assert` does) on some rank if something is wrong.
+        test: called on every rank with the mesh; asserts what holds in the sound library and not with the bug.
             None, or a function without a body: not attempted yet.
-        layout: where it runs; None: the first layout on which the bug shows.
+        layout: where it runs; None: the first of the layouts on which the exhibit says that the bug shows.
     """
     item = exhibit(exhibit_id)
-    outcome = _judge(item, test, layout or item.killed_on[0])
-    print(outcome)
+    layout = layout or item.killed_on[0]
+    outcome = _judge(item, test, layout)
+    print(f"{outcome} (on {layout})" if outcome.passed else outcome)
     if outcome.passed and record:
         record_pass(exhibit_id)
     return outcome
@@ -177,9 +192,18 @@ def kill(exhibit_id: str, test: Test | None = None, layout: str | None = None, *
 def _judge(item: Exhibit, test: Test | None, layout: str) -> Outcome:
     if test is None or is_empty(test):
         return Outcome(item.id, "not attempted yet")
+
+    def failed(why: str) -> Outcome:
+        return Outcome(item.id, "failed", f"on {layout} {why}")
+
     sound = ask(test, layout)
     if not sound.ok:
-        return Outcome(item.id, "failed", f"the test fails on the sound library: {sound.first_divergence}")
-    if ask(test, layout, item.patch).ok:
-        return Outcome(item.id, "failed", f"the test passes with the bug in the library. What one sees: {item.symptom}")
+        return failed(f"the test fails on the sound library: {sound.first_divergence}")
+    broken = ask(test, layout, item.patch)
+    if broken.ok:
+        return failed(f"the test passes with the bug in the library. What one sees: {item.symptom}")
+    if broken.crashed and not item.crashes:
+        return failed(
+            f"the test crashes with the bug in the library, and asserts nothing about it: {broken.first_divergence}"
+        )
     return Outcome(item.id, "passed")

@@ -17,7 +17,8 @@ Everything is over the same ids as the model's loss, and divided by the bytes th
 
     bits per byte = sum over t >= 1 of -log2 p(x_t | x_t-1)  /  sum over t >= 1 of bytes(x_t)
 
-End tokens cost bits and have no bytes, as in the model's own figure. Cost: sorting N pairs.
+End tokens cost bits and have no bytes, as in the model's own figure. Where that does not count what follows an end
+token (`--document-mask`), the sums here leave it out too. Cost: sorting N pairs.
 """
 
 from __future__ import annotations
@@ -45,26 +46,42 @@ class _Bigram:
 
 
 def bigram_bits_per_byte(
-    train_tokens: np.ndarray, val_tokens: np.ndarray, vocab_size: int, token_bytes: np.ndarray
+    train_tokens: np.ndarray,
+    val_tokens: np.ndarray,
+    vocab_size: int,
+    token_bytes: np.ndarray,
+    skip_after: int | None = None,
 ) -> float:
     """Bits a byte of a Kneser-Ney bigram counted on `train_tokens`, on all of `val_tokens` but the first.
 
     Args:
         train_tokens, val_tokens: [N] ids of any integer dtype, at least two each.
         token_bytes: [V] bytes each id stands for (`Tokenizer.token_bytes`).
+        skip_after: an id (the end token's) after which nothing is predicted.
     """
     model = _fit(train_tokens, vocab_size)
-    val = np.asarray(val_tokens, dtype=np.int64)
-    return _bits_per_byte(model.probability(val[:-1], val[1:]), val[1:], token_bytes)
+    before, after = _pairs(val_tokens, skip_after)
+    return _bits_per_byte(model.probability(before, after), after, token_bytes)
 
 
 def unigram_bits_per_byte(
-    train_tokens: np.ndarray, val_tokens: np.ndarray, vocab_size: int, token_bytes: np.ndarray
+    train_tokens: np.ndarray,
+    val_tokens: np.ndarray,
+    vocab_size: int,
+    token_bytes: np.ndarray,
+    skip_after: int | None = None,
 ) -> float:
     """The same without looking at the token before."""
     p = _discounted(np.bincount(train_tokens, minlength=vocab_size))
-    after = np.asarray(val_tokens[1:], dtype=np.int64)
+    _, after = _pairs(val_tokens, skip_after)
     return _bits_per_byte(p[after], after, token_bytes)
+
+
+def _pairs(tokens: np.ndarray, skip_after: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Each token and the one after it, int64 [at most N - 1] both."""
+    tokens = np.asarray(tokens, dtype=np.int64)
+    before, after = tokens[:-1], tokens[1:]
+    return (before, after) if skip_after is None else (before[before != skip_after], after[before != skip_after])
 
 
 def _fit(tokens: np.ndarray, vocab_size: int) -> _Bigram:

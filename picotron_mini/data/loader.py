@@ -47,20 +47,29 @@ class Loader:
     """
 
     def __init__(
-        self, prepared: Prepared, split: Split, seq_len: int, batch_size: int, seed: int = 0, shuffle: bool = True
+        self,
+        prepared: Prepared,
+        split: Split,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        *,
+        apart: bool = False,
     ) -> None:
         """Open the stream; nothing is read yet.
 
         Args:
             seq_len: T, tokens of a sequence.
             batch_size: G, sequences of a global batch over all ranks.
+            apart: documents do not see each other (`document_mask`), so none has to guess how the next one begins.
 
         Raises:
             UserError: the text is shorter than one batch (only with `shuffle`).
         """
         self.stream = prepared.tokens(split)
         self.seq_len, self.batch_size, self.seed, self.shuffle = seq_len, batch_size, seed, shuffle
-        self._end = prepared.end
+        self._end, self.apart = prepared.end, apart
         if shuffle:
             _check_length(split, len(self.stream), seq_len, batch_size)
             self.num_rows = full_rows(len(self.stream), seq_len)
@@ -94,7 +103,7 @@ class Loader:
         Returns:
             [B, T] int64 each, B = number of selected sequences.
         """
-        return read_rows(self.stream, self.rows(n, rows), self.seq_len, self._end)
+        return read_rows(self.stream, self.rows(n, rows), self.seq_len, self._end, self.apart)
 
 
 @lru_cache(maxsize=4)  # a batch spans two epochs at most, and training and validation alternate

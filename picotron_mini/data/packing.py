@@ -20,6 +20,10 @@ A token of a row may look at the document before its own. `documents` numbers th
 belongs to the document it closes), for an attention that forbids it; `positions` count 0..T-1 in the row either
 way: rotary positions act only through differences (arXiv 2104.09864), so a document that starts at 17 is no
 different from one that starts at 0.
+
+The target of an end token is the first token of the next document. Where attention keeps documents apart, so must the
+targets (`apart`): such a target becomes -100. Then a row of packed documents has the loss and the gradients that its
+documents have one by one, which is what a mask is asked for.
 """
 
 from __future__ import annotations
@@ -60,18 +64,21 @@ def full_rows(tokens: int, seq_len: int) -> int:
     return max(tokens - 1, 0) // seq_len
 
 
-def read_rows(stream: np.ndarray, rows: np.ndarray, seq_len: int, end: int) -> Batch:
+def read_rows(stream: np.ndarray, rows: np.ndarray, seq_len: int, end: int, apart: bool = False) -> Batch:
     """Rows of a stream by their index; only what they cover is read.
 
     Args:
         stream: [N] token ids, as `pack` made them; may be a memory map.
         rows: [B] indices. Behind the end of the stream, tokens are `end` and targets -100.
+        apart: no target lies in another document than its token; -100 in place of the first token of each.
     """
     at = np.asarray(rows, dtype=np.int64)[:, None] * seq_len + np.arange(seq_len + 1)  # [B, T + 1]
     inside = at < len(stream)
     window = np.where(inside, stream[np.minimum(at, len(stream) - 1)], end).astype(np.int64)  # [B, T + 1]
     tokens, targets = window[:, :-1].copy(), np.where(inside[:, 1:], window[:, 1:], IGNORED)
     ends = tokens == end
+    if apart:
+        targets[ends] = IGNORED
     documents = np.cumsum(ends, axis=1) - ends  # the end token is still in the document it closes
     positions = np.broadcast_to(np.arange(seq_len), tokens.shape).copy()
     return Batch(*(torch.from_numpy(x) for x in (tokens, targets, positions, documents)))

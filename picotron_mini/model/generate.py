@@ -98,6 +98,22 @@ def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def check_draws(temperature: float, top_k: int, max_new_tokens: int, seed: int) -> None:
+    """Refuse settings that no token can be drawn with.
+
+    Raises:
+        ConfigError: naming the first of them, its value and what would work.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature={temperature} must be a number, 0 (always the most likely token) or above")
+    if top_k < 0:
+        raise ConfigError(f"top_k={top_k} cannot be negative; 0 draws among all tokens")
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} cannot be negative")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed} must be 0 or above, and below 2**63")
+
+
 def next_logits(model: GPT, tokens: Tensor, cache: KeyValueCache) -> Tensor:
     """Scores [B, V] of what follows tokens [B, T], which are appended to the cache."""
     return model.logits(model(tokens, cache=cache)[:, -1])
@@ -132,8 +148,7 @@ def stream(
     """
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ConfigError(f"a prompt of shape {list(tokens.shape)} cannot be continued; it needs one token or more")
-    if temperature < 0 or top_k < 0 or max_new_tokens < 0:
-        raise ConfigError(f"{temperature=}, {top_k=} and {max_new_tokens=} cannot be negative")
+    check_draws(temperature, top_k, max_new_tokens, seed)
     generator = torch.Generator(tokens.device).manual_seed(seed)
     cache = KeyValueCache(tokens.shape[1] + max_new_tokens)
     done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)

@@ -6,6 +6,7 @@ describe(run)   ->   where each parameter lives, then what each rank sends in on
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -77,15 +78,20 @@ def describe(run: RunConfig) -> RenderableType:
             ranges = [" and ".join(f"{r.start}-{r.stop - 1}" for r in runs) for runs in held]
             where = "; ".join(f"{s}: layers {text}" for s, text in enumerate(ranges))
         places.add_row(short, str(list(place.shape)), where, _split(place), ", ".join(_summed(run, place)) or "nothing")
-    bytes_ = Table(title="what a rank hands to torch.distributed in one step", title_justify="left")
+    bytes_ = Table(
+        title="what a rank hands to torch.distributed in one step; where the ranks of a stage differ, the most",
+        title_justify="left",
+    )
     for column in ("axis", "operation", "when"):
         bytes_.add_column(column)
-    columns = [rank for rank in range(run.mesh.world_size) if rank % (run.mesh.world_size // run.mesh.pp) == 0]
-    for stage in range(run.mesh.pp):
+    most: list[Counter[tuple[str, str]]] = [Counter() for _ in range(run.mesh.pp)]  # of a stage's ranks, by key
+    for stage, traffic in enumerate(most):
         bytes_.add_column(f"bytes, stage {stage}", justify="right")
-    per_stage = [predict_step(run, layout, coordinates(run.mesh, rank)) for rank in columns]
-    for axis, operation in sorted({key for traffic in per_stage for key in traffic}):
-        numbers = [f"{traffic[axis, operation]:,}" for traffic in per_stage]
+        for rank in range(run.mesh.world_size):
+            if (index := coordinates(run.mesh, rank))["pp"] == stage:
+                traffic |= predict_step(run, layout, index)  # the larger of both, key by key
+    for axis, operation in sorted({key for traffic in most for key in traffic}):
+        numbers = [f"{traffic[axis, operation]:,}" for traffic in most]
         bytes_.add_row(axis, operation, _when(run, (axis, operation)), *numbers)
     return Group(places, bytes_)
 

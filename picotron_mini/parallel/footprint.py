@@ -9,7 +9,8 @@ gradient element, N = dp (or zero_group); E/N stands for the rows that the rank 
     zero 2       w E         g (C + P)                    4 E/N               2 g E/N
     zero 3       w C         g (C + P)                    4 E/N               2 g E/N
 
-Gradients and state are of trained parameters only, P of them. AdamW also has a step counter of 4 bytes for each.
+That is with masters=whole. Split ones (memory/masters.py) take 2 E; with masters=none there are none, and AdamW has w E
+twice. Gradients and state are of trained parameters only, P of them. AdamW also has a step counter of 4 bytes for each.
 Above this comes what a step makes and drops: activations, buckets under way, and in zero 3 the weights of two units.
 
 ZeRO (arXiv 1910.02054) calls this the model states. An estimate that is not checked against a run is a guess; the
@@ -49,8 +50,10 @@ def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footp
     """
     train, itemsize = run.train, ITEMSIZE[run.train.dtype]
     wide = max(itemsize, 4)
+    beside = {"whole": 4, "split": 2, "none": 0}[train.masters]  # bytes that a bf16 weight has beside it
+    moment = itemsize if train.masters == "none" else wide
     mine = {name: place for name, place in layout.items() if place.holds(index)}
-    trained = {name: place for name, place in mine.items() if not name.startswith(train.freeze)}
+    trained = {name: place for name, place in mine.items() if not train.freezes(name)}
     owned = {name: place.local_size(index) for name, place in mine.items()}
     whole = sum(place.without("dp").local_size(index) for place in mine.values())
     state = sum(owned[name] for name in trained)
@@ -64,6 +67,6 @@ def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footp
     return Footprint(
         weights=weights,
         gradients=gradients,
-        masters=4 * sum(owned.values()) if itemsize < 4 else 0,
-        optimizer=2 * wide * state + 4 * len(trained) if train.optimizer == "adamw" else 0,
+        masters=beside * sum(owned.values()) if itemsize < 4 else 0,
+        optimizer=2 * moment * state + 4 * len(trained) if train.optimizer == "adamw" else 0,
     )

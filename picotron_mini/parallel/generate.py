@@ -37,7 +37,7 @@ def load_parallel(
         run: resolved; its layout and dtype count.
         config, state: of the whole model, as `load_hf` gives them.
     """
-    everything = ("",)  # every name begins so: nothing is trained, and there are no gradient buffers
+    everything = tuple({name.split(".")[0] for name in state})  # nothing is trained: there are no gradient buffers
     # a line of stages, whatever the run was trained with
     train = replace(run.train, freeze=everything, sequence_parallel=False, schedule="1f1b")
     parallel = parallelize(replace(run, model=config, train=train), mesh, device)

@@ -14,14 +14,16 @@ Also here: `layout_of`, which says before any process exists where everything wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from ..config import ModelConfig, RunConfig, TrainConfig
 from ..layout import Layout, Placement, Shard, split
 from ..memory.chunked_loss import chunked_loss
+from ..memory.masters import SplitMasters
 from ..memory.recompute import recompute
 from ..mesh import Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
@@ -48,7 +50,7 @@ class Parallel:
     layout: Layout
     chunks: tuple[GPT, ...]  # this stage's runs of layers, one or (with virtual stages) more; this rank's slices
     parameters: dict[str, nn.Parameter]  # by global name
-    masters: dict[str, Tensor]  # what the optimizer updates: the parameters themselves, or float32 masters, or its rows
+    masters: Mapping[str, Tensor]  # what is updated: the parameters themselves, float32 masters, or this rank's rows
     gradients: GradientBuckets | ShardedGradients | ShardedWeights
     device: torch.device
 
@@ -90,7 +92,8 @@ class Parallel:
     @property
     def trained(self) -> dict[str, Tensor]:
         """The masters of the parameters that are not frozen: what an optimizer is given."""
-        return {name: master for name, master in self.masters.items() if self.parameters[name].requires_grad}
+        masters = self.masters.held if isinstance(self.masters, SplitMasters) else self.masters
+        return {name: master for name, master in masters.items() if self.parameters[name].requires_grad}
 
 
 def stage_layers(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
@@ -137,18 +140,6 @@ def layout_of(run: RunConfig) -> Layout:
     return out
 
 
-def check_frozen(model: ModelConfig, freeze: tuple[str, ...]) -> None:
-    """Refuse to freeze what does not exist: a typing error would train everything.
-
-    Raises:
-        ConfigError: an entry begins no parameter's name.
-    """
-    names = list(parameter_shapes(model))
-    for start in freeze:
-        if not any(name.startswith(start) for name in names):
-            raise ConfigError(f"freeze={start!r} begins no parameter's name; they are {', '.join(names[:3])}, ...")
-
-
 def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     """Build this rank's part of the model.
 
@@ -166,7 +157,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
-        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel)
+        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
     deferred = Deferred(chunks) if train.schedule in ("zb-h1", "zb-v") else None
@@ -181,14 +172,14 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         _tie(chunks)
     parameters = {global_name(config, name): p for chunk in chunks for name, p in chunk.named_parameters()}
     dtype = DTYPES[train.dtype]
-    master_dtype = torch.promote_types(dtype, torch.float32)
+    master_dtype = dtype if train.masters == "none" else torch.promote_types(dtype, torch.float32)
     masters: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         place = layout[name]
         whole = initial_weight(config, name, place.shape, train.seed, device)
         masters[name] = whole[place.slices(index)].to(master_dtype, copy=True)
         # 4 precision
-        parameter.requires_grad_(not name.startswith(train.freeze))
+        parameter.requires_grad_(not train.freezes(name))
         if train.zero == 3:
             parameter.data = empty(parameter, device, dtype)
         elif train.zero:
@@ -201,7 +192,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     # 5 compile
     if train.compile:
         for block in [block for chunk in chunks for block in chunk.layers.values()]:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=train.tensor_overlap == 1)  # it is not traced
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
@@ -220,8 +211,12 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
         return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, deferred)
+    kept: Mapping[str, Tensor] = masters
+    if train.masters == "split":
+        kept = SplitMasters(parameters, masters, fuse=train.compile)
+        del masters, whole
     buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
-    return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, buckets, device, deferred)
+    return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, buckets, device, deferred)
 
 
 def _tie(chunks: list[GPT]) -> None:

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -209,14 +210,21 @@ def run_forward(
 ) -> Tensor:
     """Forwards only, for validation: the arguments and the returned loss are those of `run_pipeline`."""
     route = route or Route(axis.size)
-    groups = [range(start, min(start + axis.size, micro_batches)) for start in range(0, micro_batches, axis.size)]
-    actions = [Action("forward", m, chunk) for group in groups for chunk in range(route.chunks) for m in group]
-    receives = None if route.chunks == 1 else receives_in_one_order([actions] * axis.size, route)[axis.index]
+    actions, receives = _forwards(route, micro_batches)
     with torch.no_grad():
         return run_pipeline(
             actions, forward=forward, axis=axis, gradient_axis=gradient_axis or axis, shape=shape, dtype=dtype,
-            device=device, route=route, receives=receives,
+            device=device, route=route, receives=receives[axis.index] if receives else None,
         )  # fmt: skip
+
+
+@cache  # a validation asks again for every batch
+def _forwards(route: Route, micro_batches: int) -> tuple[list[Action], list[Receives] | None]:
+    """The actions of every stage, and with several chunks when each stage starts which receive."""
+    stages = route.stages
+    groups = [range(start, min(start + stages, micro_batches)) for start in range(0, micro_batches, stages)]
+    actions = [Action("forward", m, chunk) for group in groups for chunk in range(route.chunks) for m in group]
+    return actions, None if route.chunks == 1 else receives_in_one_order([actions] * stages, route)
 
 
 def _check(output: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -33,7 +33,7 @@ part of the tokens, and its gradient is a partial sum (`partial.py`). Positions,
 Cost a step and micro-batch, in payload: 4 all_reduces of B*T*D a layer (2 forward, 2 backward), 1 for the
 embedding forward, 1 for the head backward, and for the loss 3 float values a token. With sequence parallelism each of
 them becomes a reduce_scatter of B*T*D on the one way and an all_gather of B*T*D/tp on the other. All of it is waited
-for: it pays only where links are fast and D is large.
+for (but see `overlap.py`): it pays only where links are fast and D is large.
 
 Paper: Megatron-LM (arXiv 1909.08053).
 Legend: B batch, T tokens, D width, V vocabulary, Vr the rank's part of it.
@@ -51,12 +51,15 @@ from ..collectives import all_gather, all_reduce_max, copy_to, gather_from, redu
 from ..layout import split
 from ..mesh import Axis
 from ..model.gpt import GPT, IGNORE, at_least_float32
+from .overlap import overlap
 
 # The plan: which dim of which weight is cut. What is not here is held whole by every rank.
 PLAN = {
     ("embed", "head", "q", "k", "v", "gate", "up"): 0,  # outputs: a Linear's weight is [out, in]
     ("o", "down"): 1,  # inputs
 }
+# Which linear layers take the input of a pair, in the order in which it calls them, and which makes its output.
+PAIRS = {"attention": (("q", "k", "v"), "o"), "mlp": (("gate", "up"), "down")}
 # Norms are held whole. Those that see only this rank's heads, and with sequence parallelism those that see only its
 # tokens, have partial gradients that must be summed.
 HEAD_NORMS = ("q_norm", "k_norm")
@@ -75,13 +78,14 @@ def is_partial(name: str, sequence_parallel: bool = False) -> bool:
     return name.split(".")[-2] in (HEAD_NORMS + TOKEN_NORMS if sequence_parallel else HEAD_NORMS)
 
 
-def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> None:
+def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, parts: int = 1) -> None:
     """Cut the model's weights in place and add the exchanges; parameter names stay.
 
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
         axis: its size must divide heads, key-value heads and the MLP's inner width (`legality.layout_problems`).
         sequence_parallel: hidden states between the layers are [B, T/tp, D]; tp must divide T.
+        parts: in which the layers' exchanges travel behind their products (`overlap`); 1: each is waited for.
     """
     if axis.size == 1:
         return
@@ -100,7 +104,10 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False) -> 
             part = weight.detach().narrow(dim, start, stop - start).clone()
             module.weight = nn.Parameter(part, requires_grad=weight.requires_grad)
     for block in model.layers.values():
-        for pair in (block.get_submodule("attention"), block.get_submodule("mlp")):
+        for pair, linears in ((block.get_submodule(name), linears) for name, linears in PAIRS.items()):
+            if parts > 1:
+                overlap(pair, *linears, axis, parts, sequence_parallel)
+                continue
             pair.register_forward_pre_hook(lambda _, inputs: (enter(inputs[0]), *inputs[1:]))
             pair.register_forward_hook(lambda _, inputs, output: leave(output))
     vocabulary = split(model.config.vocab_size, axis.size)[axis.index]

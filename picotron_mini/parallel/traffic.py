@@ -59,7 +59,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     """
     train, mesh = run.train, run.mesh
     mine = {name: place for name, place in layout.items() if place.holds(index)}
-    trained = {name: place.local_size(index) for name, place in mine.items() if not name.startswith(train.freeze)}
+    trained = {name: place.local_size(index) for name, place in mine.items() if not train.freezes(name)}
     itemsize = ITEMSIZE[train.dtype]
     wide = max(itemsize, 4)
     tokens = train.micro_batch_size * train.seq_len // mesh.cp

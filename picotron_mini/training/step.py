@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..collectives import all_reduce
 from ..data.loader import Batch
+from ..memory.masters import SplitMasters, parts
 from ..model.gpt import GPT, IGNORE
 from ..parallel.actions import Route
 from ..parallel.chunks import context_slice
@@ -147,9 +148,7 @@ def update(parallel: Parallel, optimizer: torch.optim.Optimizer, loss: Tensor, s
     if train.clip_norm and gradients:
         held = list(gradients.values())
         torch._foreach_mul_(held, clip_factor(sums[1].sqrt(), train.clip_norm).to(held[0].dtype))
-    for name, master in parallel.masters.items():
-        master.grad = gradients.get(name)
-    optimizer.step()
+    update_masters(parallel, optimizer, gradients)
     update_weights(parallel)
     return sums
 
@@ -168,11 +167,31 @@ def train_step(
 
 
 @torch.no_grad()
+def update_masters(parallel: Parallel, optimizer: torch.optim.Optimizer, gradients: Mapping[str, Tensor]) -> None:
+    """Let the optimizer step, over all masters at once or, where whole ones would take memory, over parts of them."""
+    masters = parallel.masters
+    at_once = parallel.run.train.masters == "whole"
+    for names in [list(masters)] if at_once else parts({n: p.numel() for n, p in parallel.parameters.items()}):
+        held = masters.put_together(names) if isinstance(masters, SplitMasters) else {n: masters[n] for n in names}
+        for name, master in held.items():
+            gradient = gradients.get(name)
+            master.grad = gradient if gradient is None else gradient.to(master.dtype)
+        optimizer.step()  # of those that have a gradient now
+        if not at_once:
+            for master in held.values():
+                master.grad = None
+        if isinstance(masters, SplitMasters):
+            masters.take_apart(names)
+
+
+@torch.no_grad()
 def update_weights(parallel: Parallel) -> None:
     """Round the masters into the weights that compute uses, where those are narrower, or others'."""
     if not isinstance(parallel.gradients, GradientBuckets):
         parallel.gradients.publish({p: parallel.masters[n] for n, p in parallel.parameters.items()})
         return
+    if isinstance(parallel.masters, SplitMasters):
+        return  # a half of each master is the weight
     pairs = [(p, parallel.masters[n]) for n, p in parallel.parameters.items() if parallel.masters[n] is not p]
     if pairs:
         torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])

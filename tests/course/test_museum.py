@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,16 @@ def sound(check: Test | None, layout: str, model: ModelConfig, train: TrainConfi
 @pytest.mark.slow
 @pytest.mark.parametrize(("item", "layout"), KILLED, ids=[f"{item.id}-{layout}" for item, layout in KILLED])
 def test_exhibit_is_killed(item: Exhibit, layout: str) -> None:
-    try:
+    if item.crashes and item.check is None:
+        with pytest.raises(RankError):
+            judged(item, layout)
+    else:
         report = judged(item, layout)
         assert not report.ok
-        assert isinstance(report, Verdict) or report.max_rel_err > 1e-6, "only the bytes differ"
-    except RankError:
-        pass  # a crash is noticed too
+        if isinstance(report, Verdict):
+            assert report.crashed == item.crashes
+        else:
+            assert report.max_rel_err > 1e-6, "only the bytes differ"
     found = sound(item.check, layout, item.model, item.train)
     assert found.ok, found.first_divergence
 
@@ -84,6 +89,7 @@ def test_show_tells_story_and_source(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "naive data parallel of huggingface/picotron" in shown
     assert "Killed on: dp=2" in shown
+    assert "`kill` runs a test on dp=2, unless it is given another layout." in shown
     assert "def parameter_reduced()" in shown
 
 
@@ -129,10 +135,53 @@ def test_kill_judges_a_learners_test(
     assert kill(bug, gradients_are_summed).passed
     assert json.loads((tmp_path / ".progress.json").read_text()) == {"passed": [bug]}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith(f"{bug}: failed: the test passes with the bug in the library.")
-    assert lines[3].startswith(f"{bug}: failed: the test fails on the sound library: on rank ")
+    assert lines[2].startswith(f"{bug}: failed: on dp=2 the test passes with the bug in the library.")
+    assert lines[3].startswith(f"{bug}: failed: on dp=2 the test fails on the sound library: on rank ")
     assert lines[3].endswith("AssertionError: the mean of ones")
-    assert lines[5] == f"{bug}: passed"
+    assert lines[5] == f"{bug}: passed (on dp=2)"
+
+
+def both_micro_batches_count(mesh: Mesh) -> None:
+    """The natural test of accumulation, as a learner writes it."""
+    dp = mesh["dp"]
+    weight = torch.nn.Parameter(torch.ones(3))
+    buckets = GradientBuckets([weight], dp)
+    for last in (False, True):
+        if last:
+            buckets.arm()
+        (weight * (1.0 + dp.index)).sum().backward()
+    buckets.finish()
+    torch.testing.assert_close(weight.grad, torch.full((3,), 2.0 * (1 + 2)))  # its message has several lines
+
+
+@pytest.mark.parametrize("bug", ["03.reduced_too_early", "03.parameter_reduced", "03.accumulation_lost"])
+def test_a_natural_test_kills(bug: str) -> None:
+    for _ in range(3 if bug == "03.reduced_too_early" else 1):  # this one was a race once
+        outcome = kill(bug, both_micro_batches_count, record=False)
+        assert outcome.passed, outcome
+
+
+def reads_what_is_not_there(mesh: Mesh) -> None:
+    """A test that ends in an error of its own where the bug is."""
+    dp = mesh["dp"]
+    weight = torch.nn.Parameter(torch.ones(3))
+    buckets = GradientBuckets([weight], dp)
+    buckets.arm()
+    (weight * (1.0 + dp.index)).sum().backward()
+    buckets.finish()
+    assert weight.grad is not None
+    {3.0: "the sum"}[weight.grad[0].item()]
+
+
+def test_a_crash_is_no_kill_unless_the_bug_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = exhibit("03.parameter_reduced")
+    outcome = kill(item.id, reads_what_is_not_there, record=False)
+    assert outcome.hint.startswith(
+        "on dp=2 the test crashes with the bug in the library, and asserts nothing about it:"
+    )
+    assert "KeyError" in outcome.hint
+    monkeypatch.setattr(museum, "exhibits", lambda: {item.id: replace(item, crashes=True)})
+    assert kill(item.id, reads_what_is_not_there, record=False).passed
 
 
 def test_kill_runs_on_the_layout_that_is_asked_for() -> None:
@@ -140,7 +189,7 @@ def test_kill_runs_on_the_layout_that_is_asked_for() -> None:
         assert mesh["dp"].size == 4
 
     outcome = kill("03.parameter_reduced", four, "dp=4", record=False)
-    assert outcome.hint.startswith("the test passes with the bug")
+    assert outcome.hint.startswith("on dp=4 the test passes with the bug")
 
 
 def everyone_gets_the_first_rows() -> None:
@@ -193,5 +242,6 @@ def test_a_check_that_never_ends_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> N
             threading.Event().wait()
 
     monkeypatch.setattr(museum, "PATIENCE", 3)
-    waited = ask(first_waits, "dp=2").first_divergence
-    assert waited is not None and "the ranks wait for each other" in waited
+    waited = ask(first_waits, "dp=2")
+    assert waited.first_divergence is not None and "the ranks wait for each other" in waited.first_divergence
+    assert waited.crashed

@@ -76,4 +76,7 @@ def test_drawing_of_a_mesh() -> None:
     svg = picture._repr_svg_()
     ElementTree.fromstring(svg)
     assert all(f">{rank}<" in svg for rank in range(8))
+    assert all(
+        svg.count(f">{axis}={index}<") == (1 if axis == "pp" else 2) for axis in ("pp", "dp", "tp") for index in (0, 1)
+    )
     assert "0 and 4" in repr(picture)

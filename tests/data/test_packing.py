@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from picotron_mini.config import ModelConfig
 from picotron_mini.data.packing import IGNORED, full_rows, pack, read_rows
+from picotron_mini.model.gpt import GPT, init_weights
 
 END = 9
 DOCUMENTS = [np.array(ids) for ids in ([1, 1, 1], [2] * 6, [3, 3], [], [4])]
@@ -27,6 +29,39 @@ def test_rows_overlap_by_one() -> None:
     assert batch.targets.flatten().tolist() == stream[1:17].tolist()
     assert batch.positions.tolist() == [[0, 1, 2, 3]] * 4
     assert batch.documents.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 2]]
+
+
+def test_documents_apart_have_no_target_in_each_other():
+    stream = pack(DOCUMENTS, END, np.uint16)
+    whole, apart = (read_rows(stream, np.arange(4), 4, END, apart) for apart in (False, True))
+    ends = whole.tokens == END
+    assert ends.sum() == 4 and (apart.targets[ends] == IGNORED).all()
+    assert (apart.targets[~ends] == whole.targets[~ends]).all()
+    for field in ("tokens", "positions", "documents"):
+        assert torch.equal(getattr(apart, field), getattr(whole, field))
+
+
+def test_packed_documents_that_are_apart_learn_as_they_would_alone():
+    """One row of three documents, against one row for each of them."""
+    model = GPT(ModelConfig(vocab_size=END + 1, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2,
+                            num_kv_heads=2, head_dim=4))  # fmt: skip
+    init_weights(model, 0)
+    model.double()
+    documents = [np.array(ids) for ids in ([1, 4, 2], [2, 5, 8, 8], [3, 3])]
+
+    def learn(rows):
+        model.zero_grad()
+        loss = sum(model.loss(model(b.tokens, b.positions, b.documents), b.targets) for b in rows)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    alone = learn([read_rows(pack([each], END), np.array([0]), len(each), END) for each in documents])
+    stream = pack(documents, END)
+    packed = learn([read_rows(stream, np.array([0]), len(stream) - 1, END, apart=True)])
+    for one, other in zip(packed, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    crossing = learn([read_rows(stream, np.array([0]), len(stream) - 1, END)])
+    assert abs(crossing[0] - alone[0]) > 1
 
 
 @pytest.mark.parametrize("seq_len", [2, 3, 5, 7, 16, 40])

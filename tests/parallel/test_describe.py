@@ -84,3 +84,17 @@ def test_every_byte_is_shown(layout: str) -> None:
         cells = row(text, axis, operation)
         assert cells[2], "when it is sent"
         assert cells[3:] == [f"{stage[axis, operation]:,}" for stage in predicted]
+
+
+def test_where_ranks_of_a_stage_differ_the_most_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import Counter
+
+    from picotron_mini.parallel import describe as module
+
+    def uneven(run: RunConfig, layout: object, index: dict[str, int]) -> Counter[tuple[str, str]]:
+        return Counter({("tp", "all_reduce"): 1000 * index["pp"] + 10 * index["tp"] - index["dp"]})
+
+    monkeypatch.setattr(module, "predict_step", uneven)
+    text = shown(resolved("dp=2,tp=2,pp=2"))
+    assert row(text, "tp", "all_reduce")[3:] == ["10", "1,010"]
+    assert "where the ranks of a stage differ, the most" in " ".join(text.split())

@@ -92,15 +92,15 @@ def test_drawings_of_the_docstring_are_what_draw_prints():
 
 
 def _brute_force(costs, stages, first_extra, last_extra):
-    """All splits, the least slowest stage first, then the fewest layers on early stages."""
+    """All splits, the least slowest stage first, then the evenest, then the most layers on early stages."""
     found = []
     for cuts in itertools.combinations(range(1, len(costs)), stages - 1):
         bounds = [0, *cuts, len(costs)]
         loads = [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
         loads[0] += first_extra
         loads[-1] += last_extra
-        found.append((max(loads), bounds))
-    return [range(a, b) for a, b in itertools.pairwise(min(found)[1])]
+        found.append((max(loads), sum(load**2 for load in loads), [-bound for bound in bounds], bounds))
+    return [range(a, b) for a, b in itertools.pairwise(min(found)[-1])]
 
 
 def test_balance_equals_brute_force():
@@ -117,6 +117,28 @@ def test_balance_of_equal_layers_gives_room_to_a_heavy_head():
     assert [len(r) for r in balance([1.0] * 8, 4)] == [2, 2, 2, 2]
     assert [len(r) for r in balance([1.0] * 8, 2, last_extra=2.0)] == [5, 3]
     assert [len(r) for r in balance([1.0] * 3, 2, last_extra=100.0)] == [2, 1]
+    assert [len(r) for r in balance([1.0] * 24, 8, last_extra=1.33)] == [4, 3, 3, 3, 3, 3, 3, 2]
+    assert [len(r) for r in balance([1e18 / 3] * 24, 8, last_extra=1.33e18 / 3)] == [4, 3, 3, 3, 3, 3, 3, 2]
+
+
+def test_balance_takes_nearly_the_shortest_step_of_those_with_its_slowest_stage():
+    """By the clock, of 1F1B; the fewest layers on early stages, tempting for memory, may cost more than a tenth."""
+    rng, slower = random.Random(0), 0.0
+    for _ in range(60):
+        stages = rng.randint(2, 5)
+        layers, head, m = rng.randint(stages, 12), rng.choice([0, 0.3, 0.7, 1.33, 2.2]), stages * rng.choice([1, 2, 4])
+
+        def step(split):
+            costs = [n + head * (stage == stages - 1) for stage, n in enumerate(split)]  # noqa: B023
+            return max(costs), simulate(SCHEDULES["1f1b"], stages, m, costs, [2 * cost for cost in costs]).total  # noqa: B023
+
+        cuts = itertools.combinations(range(1, layers), stages - 1)
+        splits = [[b - a for a, b in itertools.pairwise([0, *each, layers])] for each in cuts]
+        pace, best = min(map(step, splits))
+        ours = step([len(part) for part in balance([1.0] * layers, stages, last_extra=head)])
+        assert ours[0] == pytest.approx(pace) and ours[1] <= 1.02 * best
+        slower = max(slower, step(min(split for split in splits if step(split)[0] < pace + 1e-9))[1] / best)
+    assert slower > 1.1
 
 
 @pytest.mark.parametrize("stages", [0, 4])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from picotron_mini import collectives
 from picotron_mini.collectives import ledger
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, from_dict
+from picotron_mini.course.kept import kept
 from picotron_mini.course.witness import Witness
 from picotron_mini.layout import Placement, Shard, split
 from picotron_mini.legality import resolve
@@ -29,9 +28,6 @@ from picotron_mini.parallel.rows import alike, cut
 from picotron_mini.parallel.traffic import predict_step
 from picotron_mini.parallel.zero import ShardedGradients
 from picotron_mini.parallel.zero3 import ShardedWeights
-from picotron_mini.training.optimizer import make_optimizer
-from picotron_mini.training.step import train_step
-from picotron_mini.verify import make_batches
 
 Ranks = Callable[..., list[Any]]
 WORLD = 3  # two ranks hide bugs
@@ -522,43 +518,6 @@ def test_same_as_torchs_own_fully_shard(ranks: Ranks) -> None:
 
 
 # --- memory -----------------------------------------------------------------------------------------------
-
-
-def storages() -> dict[int, int]:
-    """Every storage that any tensor of this process has: address -> bytes."""
-    gc.collect()
-    # by type: asking some of torch's objects for their class warns
-    found = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
-    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found if x.untyped_storage().nbytes()}
-
-
-def kept(runs: list[RunConfig]) -> list[tuple[int, int]]:
-    """In a rank, for each run: the bytes of weights and masters, and of all that a training keeps."""
-    mesh = Mesh.build(runs[0].mesh)
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked through
-    out = []
-    for run in runs:
-        before = storages()
-        parallel = parallelize(run, mesh, torch.device("cpu"))
-        optimizer = make_optimizer(parallel.trained, run.train)
-        batches = make_batches(run)[:2]
-        for batch in batches:
-            train_step(parallel, optimizer, [batch] * run.train.micro_batches)
-        batches.clear()
-        for master in parallel.masters.values():
-            master.grad = None
-        del batch
-        rows = [row for unit in getattr(parallel.gradients, "units", []) for _, row in unit.buffers]
-        states = [*parallel.parameters.values(), *parallel.masters.values(), *rows]
-        weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in states}
-        totals = []
-        for _ in range(5):  # gloo's thread may hold what was sent last a moment longer
-            totals.append(sum(n for at, n in storages().items() if before.get(at) != n))
-            time.sleep(0.02)
-        out.append((sum(weights.values()), min(totals)))
-        del parallel, optimizer, states, rows, master
-    return out
 
 
 @pytest.mark.parametrize(("layout", "group"), [("dp=2,tp=2", 0), ("dp=4", 2)])

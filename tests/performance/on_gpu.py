@@ -61,12 +61,15 @@ def main() -> None:
         results.append(verified(layout, dtype="float32", compile=True))
         results.append(verified(layout, dtype="bfloat16", compile=True))
         results.append(verified(layout, dtype="bfloat16", compile=True, recompute="full", loss_chunks=3))
+        for masters in ("split", "none"):
+            results.append(verified(layout, dtype="bfloat16", compile=True, masters=masters))
     sizes = [(4, 4)] if quick else [(4, 4), (6, 3), (8, 2)]
     for micro_batch_size, micro_batches in sizes:
         for layout in layouts:
             results.append(measured(layout, micro_batch_size, micro_batches))
     both = {"recompute": "full", "loss_chunks": 8}
     memory = [(4, 4, {"loss_chunks": 8}), (4, 4, {"recompute": "full"}), (4, 4, both)]
+    memory += [(4, 4, {**more, "masters": masters}) for masters in ("split", "none") for more in ({}, both)]
     if not quick:
         memory += [(8, 2, {"loss_chunks": 8}), (16, 1, both)]
     for micro_batch_size, micro_batches, saving in memory:

@@ -72,8 +72,19 @@ def finds_a_function(reader: Reader) -> None:
 
 
 def test_search_finds_a_function(reader: Reader) -> None:
-    reader.open("index.html")
+    index = re.compile("search_index.json$")
+    asked: list[str] = []
+    reader.page.on("request", lambda request: asked.append(request.url) if index.search(request.url) else None)
+    page = reader.open("index.html")
+    page.wait_for_load_state("networkidle")
+    assert not asked, "the index is loaded before anybody searches"
     finds_a_function(reader)
+    assert len(asked) == 1
+
+
+def test_an_address_with_a_query_searches(reader: Reader) -> None:
+    page = reader.open("index.html?q=all_reduce")
+    expect(page.locator(".md-search-result__meta")).to_contain_text("matching document")
 
 
 def test_search_finds_a_function_without_a_server(reader: Reader, site: Path) -> None:
@@ -117,8 +128,7 @@ def test_pages_are_light(reader: Reader, site: Path, sent: list[tuple[str, int]]
         context = reader.page.context.browser.new_context(viewport=reader.page.viewport_size)  # nothing is cached
         sent.clear()
         page = context.new_page()
-        with page.expect_response(re.compile("search_index.json$")):
-            page.goto(reader.address + name, wait_until="load")
+        page.goto(reader.address + name, wait_until="load")
         page.wait_for_load_state("networkidle")
         context.close()
         total = sum(size for _, size in sent)

@@ -34,7 +34,7 @@ from picotron_mini.course.site.notebook import fenced, to_markdown
 from picotron_mini.course.site.questions import collected, fold
 from picotron_mini.course.site.reading_order import PLACE, reading_order
 
-ASSETS = ("site.css", "offline.js", "questions.js", "theme.js")
+ASSETS = ("site.css", "offline.js", "questions.js", "search.js", "theme.js")
 
 
 @dataclass(frozen=True)
