@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -281,6 +282,11 @@ def global_name(config: ModelConfig, name: str) -> str:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Global name -> global shape of every parameter, in model order; a tied head is not listed."""
+    return dict(_shapes(config))
+
+
+@lru_cache(maxsize=8)  # a planner asks hundreds of times
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     _check(config)
     with torch.device("meta"):
         model = GPT(config)
