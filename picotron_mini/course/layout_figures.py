@@ -165,6 +165,7 @@ def draw_bytes(sent: Mapping[str, Mapping[str, int]]) -> Picture:
             sizes = [each[axis] for each in sent.values() if each.get(axis)]
             ax.bar(places, sizes, 0.19, color=colour, edgecolor=GREY, linewidth=0.4, label=axis)
         ax.set_yscale("log")
+        ax.set_ylim(bottom=min(n for each in sent.values() for n in each.values() if n) / 3)
         ax.set_xticks(range(len(sent)), sent)
         ax.set_ylabel("bytes of a rank in a step")
         ax.legend(ncols=4, **_LEGEND)
