@@ -1,7 +1,7 @@
 """Bug museum, room 07: several axes at once, each of them right, and their agreement wrong.
 
-Every mutant here passes every test on one axis, but one that needs a pipeline. Two more of this kind hang in other
-rooms: `05.stages_start_alike` and `06.one_data_rank_is_not_wrapped`.
+The first needs two axes at once. The others pass wherever a trainer was tested before it got the axis that they forget.
+Two more of this kind hang in other rooms: `05.stages_start_alike` and `06.one_data_rank_is_not_wrapped`.
 """
 
 # Replacing names that other modules import is what a mutant does, and what a type checker is there to prevent.
