@@ -19,7 +19,17 @@
 # A model that is too large or too slow for one device is trained by many. They share nothing: whatever one of them
 # needs to know from another has to be sent. This lesson starts real processes from the cells below, lets them talk,
 # and measures what talking costs. Everything later, data, tensor and pipeline parallelism, is made of these few
-# exchanges.
+# exchanges. After it you can
+#
+# - start ranks from a cell, and say what two of them share (nothing);
+# - name the five collectives, say which two make up an all_reduce, and build one from sends and receives;
+# - say what an exchange costs: the payload, what a ring or a tree puts on the wire for it, and in how many steps;
+# - tell from which size on a ring beats a tree;
+# - read the ranks of any axis off a mesh;
+# - recognise a deadlock, a mismatch and a dead rank by what they print, or do not.
+#
+# You need Python, what a tensor and a gradient are, and two cores; no GPU. Reading and running takes 30 to 60 minutes,
+# with the exercises longer.
 #
 # **The problem and its price.** A model of 1.8 billion parameters has as many gradients: 7.2 GB in float32. Two
 # devices that train it together must agree on them at *every step*. Sent naively among 8 devices, each of them would
@@ -297,15 +307,48 @@ assert sum(tree) == sum(ring) == 2 * 3 * 4096, "all ranks together send the same
 #
 # $$t(M) = \alpha + \beta M$$
 #
-# where $\alpha$ is the latency (until the first byte arrives) and $1/\beta$ the bandwidth. Then
+# where $\alpha$ is the latency (until the first byte arrives) and $\beta$ the seconds that a byte takes, so that
+# $1/\beta$ is the bandwidth. Then
 #
 # $$t_{\text{ring}} = 2(n-1)\left(\alpha + \beta\frac{S}{n}\right)$$
 #
 # $$t_{\text{tree}} = 2\log_2 n\,(\alpha + \beta S)$$
 #
 # Small $S$: the ring pays $2(n-1)\alpha$ and the tree $2\log_2 n\,\alpha$, so the tree wins. Large $S$: the ring pays
-# nearly $2\beta S$ and the tree $2\log_2 n\,\beta S$, so the ring wins. Let us measure it, on four real ranks. Each
-# time is that of the slowest rank, the best of several rounds.
+# nearly $2\beta S$ and the tree $2\log_2 n\,\beta S$, so the ring wins. Here is the model for links of 10 microseconds
+# and 100 GB/s, an assumption of the size of what one finds between GPUs:
+
+# %% tags=["nbval-ignore-output"]
+from picotron_mini.course.picture import LINES, drawing, figure, picture
+from picotron_mini.course.rings import ring_seconds, tree_seconds
+
+latency, bandwidth = 10e-6, 100e9
+with drawing():
+    fig = figure(5.6, 3.0)
+    axes = fig.subplots()
+    large = [2**k for k in range(10, 29)]
+    for (name, model), colour in zip({"ring": ring_seconds, "tree": tree_seconds}.items(), LINES, strict=False):
+        for ranks, style in ((4, "-"), (64, "--")):
+            milliseconds = [1e3 * model(size, ranks, latency, bandwidth) for size in large]
+            axes.plot(large, milliseconds, style, color=colour, label=f"{name} of {ranks}")
+    axes.set(xscale="log", yscale="log", xlabel="size of the tensor", ylabel="milliseconds")
+    axes.set_xticks(large[::6], ["1 KiB", "64 KiB", "4 MiB", "256 MiB"])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend()
+picture(
+    fig,
+    "The model's time of an all-reduce against its size, both axes logarithmic, for rings and trees of 4 and of 64 "
+    "ranks. Each curve is flat while the tensor is small, where the trees are lower, and rises in proportion to the "
+    "size where it is large, where the rings are. They cross near 1 MB with 4 ranks and near 11 MB with 64",
+)
+
+# %% [markdown]
+# Left, the curves are flat: the size does not matter, the number of steps does, and a ring of 64 has 126 of them.
+# Right, the bytes matter, and a ring of 64 is hardly slower than one of 4. Where they cross is your fourth exercise.
+#
+# That was a formula. Let us measure, on four real ranks. Each time is that of the slowest rank, the best of several
+# rounds.
 
 # %%
 sizes = [2**k for k in range(10, 25, 2)]  # 1 KiB to 16 MiB
@@ -362,9 +405,6 @@ for name, (latency, bandwidth) in fitted.items():
     print(f"{name}: latency {1e6 * latency:6.0f} us, bandwidth {bandwidth / 1e9:5.2f} GB/s")
 
 # %% tags=["nbval-ignore-output"]
-from picotron_mini.course.picture import LINES, drawing, figure, picture
-from picotron_mini.course.rings import ring_seconds, tree_seconds
-
 models = {"ring": ring_seconds, "tree": tree_seconds, "library": None}
 with drawing():
     fig = figure(5.6, 3.2)
@@ -382,23 +422,20 @@ with drawing():
     axes.legend()
 picture(
     fig,
-    "Time of an all-reduce against its size, both on logarithmic axes, for the ring, the tree and gloo's own: flat "
-    "while the tensor is small, where the tree is fastest, and proportional to the size where it is large",
+    "Measured times of an all-reduce against its size, both axes logarithmic, for the ring, the tree and gloo's own, "
+    "with the fitted model of ring and tree as dashed lines",
 )
 
 # %% [markdown]
-# Read the picture in three parts.
+# If the model were the whole truth, both fits would find the same latency and the same bandwidth. Do yours? The model
+# gives each rank a processor and each link wires of its own. Where four ranks share two cores they take turns: left,
+# points jump by factors, since a step takes as long as the operating system lets a rank wait; right, the ring keeps all
+# four busy at once where the tree's resting ranks cost nothing. Both send $2(n-1)S$ bytes in all, so on shared cores
+# the ring's advantage shrinks. On a machine with a link for each device it is what the formula says. Measure before you
+# believe a model, this one included.
 #
-# 1. **Left, flat**: the size does not matter, the number of steps does. The tree's 4 steps beat the ring's 6.
-# 2. **Right, a line**: the bytes matter. The ring catches up.
-# 3. **The gap between the two fits.** If the model were the whole truth, both would find the same latency and the
-#    same bandwidth. They need not here. The model gives each rank a processor and each link wires of its own; if this
-#    page was made on two cores, four ranks took turns. The ring keeps all four busy and shares the cores among them,
-#    where the tree's resting ranks cost nothing, and since both send $2(n-1)S$ bytes in all, on a shared machine the
-#    ring's advantage shrinks. On a machine with a link for each device it is what the formula says. Measure before
-#    you believe a model, this one included.
-#
-# Real backends choose: NCCL has rings and trees, and picks one by the tensor's size and the number of nodes.
+# Real backends choose: NCCL has rings and trees (its documentation lists them under the variable `NCCL_ALGO`), and
+# takes one for each call by a model like this one.
 #
 # ## The bill, in one table
 #
@@ -408,12 +445,12 @@ picture(
 
 # %%
 S, n = 4096, 4
-bill = {  # payload a rank hands over; what a ring sends for it; in how many steps
+bill = {  # payload a rank hands over; what the busiest rank sends for it by a ring; in how many steps
     "broadcast": (S, S, n - 1),
     "all_reduce": (S, 2 * (n - 1) * S // n, 2 * (n - 1)),
     "reduce_scatter": (S, (n - 1) * S // n, n - 1),
     "all_gather": (S // n, (n - 1) * S // n, n - 1),
-    "all_to_all": (S, (n - 1) * S // n, n - 1),
+    "all_to_all": (S, (n - 1) * S // n, n - 1),  # no ring: each part goes straight to its rank
 }
 print(f"{'of S = 4096 bytes, 4 ranks':28}{'payload':>8}{'on the wire':>13}{'steps':>7}")
 for name, (payload, wire, steps) in bill.items():
@@ -594,12 +631,13 @@ except RankError as error:
 # %% [markdown]
 # ## A mesh: who talks to whom
 #
-# Real layouts combine techniques, and each has its own group of partners. The ranks form a grid. Three of its axes:
-# pipeline stages (`pp`), copies of the model (`dp`), slices of a layer (`tp`). `tp` varies fastest, because it talks
-# most and neighbours have the fastest links. (A fourth, `cp`, shares each sequence; it lies between `dp` and `tp` and
-# has one rank here. Chapter 06 is about it.)
+# Real layouts combine techniques, and each has its own group of partners. The ranks form a grid of four axes: pipeline
+# stages (`pp`), copies of the model (`dp`), parts of each sequence (`cp`, chapter 06), slices of a layer (`tp`). `tp`
+# varies fastest, because it talks most and neighbours have the fastest links.
 #
-# $$\text{rank} = (pp \cdot n_{dp} + dp) \cdot n_{tp} + tp$$
+# $$\text{rank} = ((pp \cdot n_{dp} + dp) \cdot n_{cp} + cp) \cdot n_{tp} + tp$$
+#
+# Drawn with one part a sequence, `cp=1`:
 
 # %% tags=["nbval-ignore-output"]
 draw_mesh(MeshShape(pp=2, dp=2, tp=2))
@@ -645,9 +683,9 @@ def my_reduce_scatter(x, axis): ...
 check("00.reduce_scatter", my_reduce_scatter)
 
 # %% [markdown]
-# 2. **A ring within a budget.** `ring_all_reduce` needs a length that n divides. Write one for any length: the same
-#    sum on every rank, with `collectives.send` and `collectives.receive` only, `x` unchanged, and no rank sends more
-#    than $2(n-1)\lceil L/n\rceil$ numbers.
+# 2. **A ring within a budget.** `ring_all_reduce` needs a length that n divides. Write one for any length, also less
+#    than n: the same sum on every rank, with `collectives.send` and `collectives.receive` only, `x` unchanged, and no
+#    rank sends more than $2(n-1)\lceil L/n\rceil$ numbers.
 
 
 # %%
@@ -657,7 +695,8 @@ def my_ring(x, axis): ...
 check("00.ring_of_any_length", my_ring)
 
 # %% [markdown]
-# 3. **Who talks to whom.** From the mesh's shape and a rank, name the ranks on its axis, without `Mesh`.
+# 3. **Who talks to whom.** From the mesh's shape (`shape.pp`, `shape.dp`, `shape.cp`, `shape.tp`) and a rank, name the
+#    ranks on its axis `name`, in order, without `Mesh`.
 
 
 # %%
@@ -667,7 +706,8 @@ def my_axis_ranks(shape, rank, name): ...
 check("00.axis_ranks", my_axis_ranks)
 
 # %% [markdown]
-# 4. **Tree or ring.** In the alpha-beta model, from how many bytes on is the ring as fast as the tree?
+# 4. **Tree or ring.** In the alpha-beta model, from how many bytes on is the ring as fast as the tree? (`bandwidth` is
+#    $1/\beta$.)
 
 
 # %%
@@ -696,8 +736,9 @@ assert not report.bytes_problems, "the bytes are all right, and the numbers are 
 
 
 # %% [markdown]
-# Now write a test that notices it: a function of the mesh that raises (an `assert` will do) with the bug, and does
-# not without.
+# Now write a test that notices it: a function of the mesh, called on each rank, whose `assert` fails with the bug and
+# not without. (To crash is not to notice.) `kill` runs it on the exhibit's first layout, `tp=2` here; a third argument
+# names another.
 
 
 # %%

@@ -391,7 +391,8 @@ class _GatherFrom(Function):
     @staticmethod
     def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
         ctx.key, ctx.size, ctx.dim = key, size, dim
-        return _all_gather(x.movedim(dim, 0), key, size).movedim(0, dim)
+        # in order: each product that follows would make, and keep, a copy in order of its own
+        return _all_gather(x.movedim(dim, 0), key, size).movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

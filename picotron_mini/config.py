@@ -140,7 +140,9 @@ class TrainConfig:
     beta2: float = 0.95
     clip_norm: float = 1.0  # 0: do not clip
     freeze: tuple[str, ...] = ()  # parameters that stay as they are, by the first parts of their names, as layers.0
-    bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB
+    bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB; 0: chosen from this machine's links
+    compress: Literal["none", "bf16", "topk"] = "none"  # how gradients travel over dp: as they are, or lossy
+    compress_keep: float = 0.01  # share of each gradient's entries that compress=topk sends
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
     zero_group: int = 0  # dp ranks that share one copy of what zero cuts; 0: all of them, fewer: HSDP
     eval_every: int = 100  # steps between validations; 0: only at the end

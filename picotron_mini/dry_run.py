@@ -29,6 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from .collectives import ledger, rehearsal
 from .config import ConfigError, RunConfig
 from .data.loader import Batch
+from .memory.masters import SplitMasters
 from .mesh import GROUPS, Mesh, coordinates
 from .monitoring.units import bytes_text
 from .parallel.data import GradientBuckets
@@ -113,12 +114,16 @@ def _batch(run: RunConfig) -> Batch:
 def held_bytes(parallel: Parallel, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all storages that stay between steps: weights, masters, gradient buffers, optimizer state."""
     gradients = parallel.gradients
-    held: list[Tensor | None] = [*parallel.parameters.values(), *parallel.masters.values()]
+    masters = parallel.masters
+    beside = masters.rests if isinstance(masters, SplitMasters) else masters
+    held: list[Tensor | None] = [*parallel.parameters.values(), *beside.values()]
     if isinstance(gradients, ShardedWeights):
         held += [row for unit in gradients.units for _, row in unit.buffers]
         gradients = gradients.gradients
-    for bucket in gradients.buckets:
-        held += [bucket.buffer] if isinstance(gradients, GradientBuckets) else [bucket.shard, bucket.whole]
+    if isinstance(gradients, GradientBuckets):
+        held += [bucket.buffer for bucket in gradients.buckets]
+    else:
+        held += [tensor for bucket in gradients.buckets for tensor in (bucket.shard, bucket.whole)]
     held += [value for state in optimizer.state.values() for value in state.values()]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor)}
     return sum(storages.values())

@@ -28,7 +28,7 @@ from .config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from .data.loader import Batch, data_rows
 from .launch import launch, under_torchrun
 from .legality import resolve
-from .mesh import Mesh, coordinates
+from .mesh import Mesh, close_groups, coordinates
 from .model.gpt import IGNORE
 from .parallel.parallelize import layout_of, parallelize
 from .parallel.traffic import predict_step
@@ -67,10 +67,19 @@ def make_batches(run: RunConfig) -> list[Batch]:
     return out
 
 
-def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callable[[], Any] | None) -> list[Any]:
-    """What one rank computes for each run: its snapshots, and the bytes of its last step."""
+def _jobs_on_rank(jobs: Sequence[Sequence[RunConfig]], patch: Callable[[], Any] | None) -> list[list[Any]]:
+    """What one rank computes for each job."""
     if patch is not None:
         patch()
+    out = []
+    for runs in jobs:
+        out.append(_on_rank(runs, make_batches(runs[0])))
+        close_groups()  # the next job has a mesh of its own
+    return out
+
+
+def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch]) -> list[Any]:
+    """What one rank computes for each run: its snapshots, and the bytes of its last step."""
     mesh = Mesh.build(runs[0].mesh)
     device = (
         torch.device("cuda", torch.cuda.current_device()) if runs[0].train.device == "cuda" else torch.device("cpu")
@@ -132,13 +141,28 @@ def verify(
         resolve(RunConfig(layout=layout, model=model, train=replace(train, optimizer=o, batch_size=0)), gpus=gpus)  # type: ignore[arg-type]
         for o in optimizers
     ]
-    run = runs[0]
-    device = run.train.device  # resolved: "auto" is one of the two by now
+    return verify_together([runs], patch)[0]
+
+
+def verify_together(jobs: Sequence[Sequence[RunConfig]], patch: Callable[[], Any] | None = None) -> list[Report]:
+    """As `verify` of each job, with one launch for all.
+
+    Args:
+        jobs: each a resolved run, once for each optimizer to try; all on one device and on as many ranks.
+        patch: see `verify`.
+    """
+    first = jobs[0][0]
+    device, size = first.train.device, first.mesh.world_size  # resolved: "auto" is one of the two by now
+    ranks = launch(_jobs_on_rank, jobs, patch, world_size=size, device=device, output="hide")
+    return [_report(runs, [results[n] for results in ranks]) for n, runs in enumerate(jobs)]
+
+
+def _report(runs: Sequence[RunConfig], per_rank: Sequence[list[Any]]) -> Report:
+    """Compare what every rank has computed for the runs of one job with one device, and with the predicted bytes."""
+    run, batches = runs[0], make_batches(runs[0])
+    device = run.train.device
     whole = layout_of(run)
     predicted = [predict_step(run, whole, coordinates(run.mesh, rank)) for rank in range(run.mesh.world_size)]
-    batches = make_batches(run)
-    per_rank = launch(_on_rank, runs, batches, patch, world_size=run.mesh.world_size, device=device, output="hide")
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
     errors = Errors()
@@ -167,6 +191,7 @@ def verify(
         differences=[Difference(q, e, where, tolerance(q)) for q, (e, where) in errors.worst.items()],
         bytes_predicted=named(predicted[0]),
         bytes_counted=named(per_rank[0][0][1]),
+        lossy=f"compress={run.train.compress}" if run.train.compress != "none" else "",
     )
     report.first_divergence = next((w for q, e, w in errors.seen if not e <= tolerance(q)), None)
     for rank, results in enumerate(per_rank):

@@ -40,6 +40,8 @@ def resolved(layout: str, model: ModelConfig = MODEL, **train: Any) -> RunConfig
         ("dp=4,tp=2", {"zero": 3, "zero_group": 2}),
         ("dp=2,pp=2", {"zero": 2, "dtype": "bfloat16", "recompute": "full", "loss_chunks": 2}),
         ("dp=2,cp=2", {"document_mask": True}),
+        ("dp=2,tp=2", {"dtype": "bfloat16", "masters": "split"}),
+        ("dp=2,tp=2", {"dtype": "bfloat16", "masters": "none"}),
         ("cp=2,tp=2", {"context": "ulysses", "document_mask": True}),
         ("pp=4", {"schedule": "zb-v", "micro_batches": 4}),
         ("dp=2,tp=2", {"freeze": ("embed", "layers.0")}),

@@ -8,7 +8,8 @@ in numbers of the compute's width w unless said, with H, Hkv, F the rank's share
                          norms, q, k, v, attention's output in two orders; SiLU and norms are computed again
     recompute full       D, the layer's input
     recompute selective  the layer's, without the MLP's 4 F
-    loss                 V float32 log-probabilities (compiled: V logits of w bytes), and the final norm
+    loss                 V float32 log-probabilities (compiled: V logits of w bytes; over a split vocabulary the
+                         shifted logits and their exponentials, V/tp float32 each), and the final norm
     loss in chunks       D and, once for all tokens, V D float32: gradients that are known already
 
 Sequence parallelism cuts what lies between the pairs (the norms' inputs) by tp. A stage of a pipeline keeps as many
@@ -17,6 +18,7 @@ micro-batches as its schedule has live at once (`Timeline.peak_live`).
 The peak comes at one of three moments, all of which have everything that is kept between steps (`footprint.py`) below:
 
     the loss's backward    all that is kept, and the gradients of log-probabilities and logits, V float32 each
+                           (compiled: one, of w bytes; over a split vocabulary three)
     a layer's backward     all that is kept but the loss's, the layer's own gradients, with recompute the layer again
     the optimizer          nothing of the above; eagerly on a CPU AdamW makes one temporary as large as a moment
 
@@ -71,9 +73,9 @@ def activations(run: RunConfig) -> Activations:
         w if train.compile and mesh.tp == 1 else wide
     )  # a compiled loss keeps logits, an eager one log-probabilities
     norm = (2 * width + 1) * wide * between + width * w * tokens
-    loss, loss_backward = norm + vocabulary * narrow * tokens, 2 * vocabulary * narrow * tokens
-    if narrow < wide:
-        loss_backward //= 2  # one fused pass turns logits into their gradient
+    # in numbers of V: what is kept, and what the backward makes beside it
+    number, more = (2, 3) if mesh.tp > 1 else (1, 1) if narrow < wide else (1, 2)
+    loss, loss_backward = norm + number * vocabulary * narrow * tokens, more * vocabulary * narrow * tokens
     if train.loss_chunks > 1:
         loss_backward = -(-(loss + loss_backward - norm) // train.loss_chunks)
         loss = norm + width * w * tokens + vocabulary * width * wide
@@ -137,8 +139,10 @@ def stage_peak(run: RunConfig, layers: int, live: int, *, last: bool, size: int,
     if train.zero == 3:
         unit = max(layer_parameters(share), vocabulary)
         under_way = min(unit * (4 * w + 3 * wide), size * (2 * w + 2 * wide))
+    # in the loss's backward the reductions of the micro-batch before are still under way
+    still = int(under_way * 2 / 3) if train.zero == 2 and train.micro_batches > 1 else 0
     moments = [
-        Peak(kept + last * each.loss_backward, messages),
+        Peak(kept + last * each.loss_backward, messages + still),
         Peak(kept - last * each.loss + last * each.loss_backward // 2, messages + vocabulary * w * last),
         Peak(
             kept - last * each.loss + each.layer_again + each.layer_gradients,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ..config import AXES, MeshShape, RunConfig
 from .activations import activations
-from .machine import Machine, exposed
+from .machine import Link, Machine, exposed, wire_bytes
 from .traffic import ITEMSIZE, Traffic
 from .work import forward_work
 
@@ -124,6 +124,24 @@ def messages_of(
         tp * again + cp_forward + in_forward, tp * (1 - again) + cp_backward + in_backward, send, gradients, weights,
         scalars, {axis: seconds for axis, seconds in by_axis.items() if seconds},
     )  # fmt: skip
+
+
+def best_bucket(gradient_bytes: float, link: Link, ranks: int, operation: str = "all_reduce") -> float:
+    """The bucket size, in bytes, that exposes least: large enough for the latency, small enough to overlap.
+
+    G bytes of gradients in buckets of b bytes are G / b messages. Each pays the latency a (times log2 of the ranks),
+    whether or not it hides; and the last bucket hides behind nothing, since backward is over when it is full: it shows
+    b / B, with B the payload bytes a second. So what a bucket size costs is
+
+        cost(b) = a G / b + b / B,        least where  a G / b^2 = 1 / B,  that is  b = sqrt(a B G)
+
+    The latency's share of each message there is a / (a + b / B) = 1 / (1 + sqrt(G / (a B))): small as soon as the
+    gradients are many times what the link carries in one latency; and G / b = sqrt(G / (a B)) buckets are there to
+    overlap. With less than a B in all one bucket is best.
+    """
+    latency = link.latency * math.ceil(math.log2(ranks))
+    payload_rate = link.bandwidth / wire_bytes(operation, 1.0, ranks)
+    return min(gradient_bytes, math.sqrt(latency * payload_rate * gradient_bytes))
 
 
 def _tail(whole: float, messages: float, cover: float, machine: Machine) -> float:

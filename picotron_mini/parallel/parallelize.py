@@ -30,6 +30,7 @@ from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
 from .actions import Route, route_of
 from .balance import balance
+from .compress import compression
 from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
@@ -215,7 +216,8 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     if train.masters == "split":
         kept = SplitMasters(parameters, masters, fuse=train.compile)
         del masters, whole
-    buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20)
+    reduce = compression(train.compress, mesh["dp_cp"], train.compress_keep)
+    buckets = GradientBuckets(parameters.values(), mesh["dp_cp"], train.bucket_mb * 2**20, reduce)
     return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, buckets, device, deferred)
 
 

@@ -58,14 +58,13 @@ def meshes(ranks: int) -> list[MeshShape]:
     ]
 
 
-def plan(run: RunConfig, ranks: int, machine: Machine, *, search: bool = True) -> Plan:
+def plan(run: RunConfig, ranks: int, machine: Machine) -> Plan:
     """Predict and rank the layouts of a run.
 
     Args:
-        run: with the vocabulary's size filled; its layout, and with `search` also zero, schedule, micro-batch,
-            recompute and sequence parallelism, are what is looked for. `batch_size` is kept; if it is open it is
+        run: with the vocabulary's size filled. Its layout, zero, schedule, micro-batch, recompute and sequence
+            parallelism are what is looked for. `batch_size` is kept; if it is open it is
             `micro_batch_size * micro_batches` sequences for every rank.
-        search: False: only meshes are tried, all other settings are the run's.
 
     Raises:
         ConfigError: no layout is legal, with the reasons why the plainest is not.
@@ -77,7 +76,7 @@ def plan(run: RunConfig, ranks: int, machine: Machine, *, search: bool = True) -
     for mesh in meshes(ranks):
         if any(getattr(mesh, axis) > 1 and crosses_hosts(mesh, axis, machine) for axis in ("tp", "cp")):
             continue
-        for family in _families(run, mesh, search):
+        for family in _families(run, mesh):
             fits = 0
             for candidate in family:
                 try:
@@ -101,8 +100,9 @@ def plan(run: RunConfig, ranks: int, machine: Machine, *, search: bool = True) -
         resolve(replace(run, layout=f"dp={ranks}"), gpus=ranks)  # says why
         raise ConfigError(f"no layout of {ranks} ranks is legal for this model and batch; try another --ranks")
     fitting.sort(key=lambda found: found.seconds)
-    exact = sorted((predict(found.run, machine) for found in fitting[:FINE]), key=lambda found: found.seconds)
-    return Plan(machine, ranks, considered, refused, (*exact, *fitting[FINE:]), None if fitting else smallest)
+    ranked = [*(predict(found.run, machine) for found in fitting[:FINE]), *fitting[FINE:]]
+    ranked.sort(key=lambda found: found.seconds)
+    return Plan(machine, ranks, considered, refused, tuple(ranked), None if fitting else smallest)
 
 
 def _with_batch(run: RunConfig, ranks: int) -> RunConfig:
@@ -111,31 +111,27 @@ def _with_batch(run: RunConfig, ranks: int) -> RunConfig:
     return replace(run, train=replace(train, batch_size=batch))
 
 
-def _families(run: RunConfig, mesh: MeshShape, search: bool) -> Iterator[list[RunConfig]]:
+def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
     """Settings of one mesh, in lists that save more and more memory: the first that fits is the fastest of its list."""
-    train, layout = run.train, str(mesh)
-    if not search:
-        micro_batches = train.batch_size // (mesh.dp * train.micro_batch_size) if train.micro_batch_size else 0
-        yield [replace(run, layout=layout, train=replace(train, micro_batches=micro_batches))]
-        return
+    train = run.train
     if train.batch_size % mesh.dp:
         return
     a_rank = train.batch_size // mesh.dp
     sizes = [size for size in divisors(a_rank) if size & (size - 1) == 0 and size <= max(8, train.micro_batch_size)]
-    schedules = [("1f1b", 2), ("interleaved", 2), ("zb-h1", 2)] if mesh.pp > 1 else [("1f1b", 2)]
-    savings = [step for step in SAVINGS if mesh.dp > 1 or step[0] == 0] if mesh.dp > 1 else [
-        (0, kind) for kind in ("none", "selective", "full")
-    ]  # fmt: skip
+    schedules = ["1f1b", "interleaved", "zb-h1"] if mesh.pp > 1 else ["1f1b"]
+    savings = SAVINGS if mesh.dp > 1 else ((0, "none"), (0, "selective"), (0, "full"))
     for size in sizes:
-        for schedule, virtual in schedules:
+        for schedule in schedules:
             for between in (False, True) if mesh.tp > 1 else (False,):
-                yield [
-                    replace(run, layout=layout, train=replace(
-                        train, micro_batch_size=size, micro_batches=a_rank // size, schedule=schedule,
-                        virtual_stages=virtual, sequence_parallel=between, zero=zero, zero_group=0, recompute=kind,
-                    ))
-                    for zero, kind in savings
-                ]  # type: ignore[arg-type]  # fmt: skip
+                family = []
+                for zero, kind in savings:
+                    chosen: dict[str, Any] = {
+                        "micro_batch_size": size, "micro_batches": a_rank // size, "schedule": schedule,
+                        "virtual_stages": 2, "sequence_parallel": between, "zero": zero, "zero_group": 0,
+                        "recompute": kind, "compress": "none" if zero else train.compress,
+                    }  # fmt: skip
+                    family.append(replace(run, layout=str(mesh), train=replace(train, **chosen)))
+                yield family
 
 
 def settings(run: RunConfig) -> str:

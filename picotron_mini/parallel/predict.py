@@ -68,7 +68,7 @@ def _layout(run: RunConfig) -> Layout:
     telling = TrainConfig(
         schedule=train.schedule, virtual_stages=train.virtual_stages, seq_len=train.seq_len, zero=min(train.zero, 1),
         zero_group=train.zero_group, sequence_parallel=train.sequence_parallel,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     return _one_layout(RunConfig(layout=run.layout, model=run.model, train=telling))
 
 

@@ -7,6 +7,8 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
     axis    operation     bytes                                 what for
     dp      all_reduce    g (elements + parameters) + 8         gradients and their flags; the number of targets;
                                                                 the axis is dp_cp where cp > 1
+            all_reduce    2 (elements + parameters)             compress=bf16: in place of g
+            all_gather    g sum (2 k + 1)                       compress=topk: instead, k = ceil(keep elements)
     tp      all_reduce    m a (2 + 2) a layer                   exits of attention and MLP; their entries, backward
             all_reduce    m a on the first stage, m a on the last    embedding; entry of the head, backward
             all_reduce    3 m B T w on the last stage           loss over the split vocabulary
@@ -39,6 +41,7 @@ A backward exchange happens only if a gradient flows there: below the first trai
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -73,7 +76,12 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Tr
     if train.zero:
         out += _sharded(run, mine, set(trained), index)
     elif mesh.dp * mesh.cp > 1:
-        out[data, "all_reduce"] += wide * (sum(trained.values()) + len(trained))
+        if train.compress == "topk":
+            kept = (min(n, math.ceil(train.compress_keep * n)) for n in trained.values())
+            out[data, "all_gather"] += wide * sum(2 * k + 1 for k in kept)
+        else:
+            width = 2 if train.compress == "bf16" else wide
+            out[data, "all_reduce"] += width * (sum(trained.values()) + len(trained))
     if mesh.tp > 1:
         pairs = sum(name.endswith(("attention.o.weight", "mlp.down.weight")) for name in mine)
         entries, exits = _with_gradient(list(mine), set(trained), first, last)

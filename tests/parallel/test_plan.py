@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from picotron_mini.calibrate import solve
+from picotron_mini.calibrate import solve, with_bucket
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.parallel.activations import layer_bytes, share_of
 from picotron_mini.parallel.machine import MACHINES, Link, Machine, exposed, find_machine, from_json, to_json
-from picotron_mini.parallel.messages import crosses_hosts
+from picotron_mini.parallel.messages import best_bucket, crosses_hosts
 from picotron_mini.parallel.parallelize import parallelize
 from picotron_mini.parallel.plan import by_axis, meshes, plan, settings, table, to_dict
 from picotron_mini.parallel.predict import most_live, predict
@@ -268,3 +268,41 @@ def test_a_machine_survives_its_file(tmp_path: Path) -> None:
         find_machine(str(path))
     with pytest.raises(ConfigError, match="h100, h100-cluster"):
         find_machine("h1000")
+
+
+# --- buckets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("latency", "bandwidth", "size"), [(3e-4, 1e9, 25e6), (7e-5, 332e9, 7.25e9)])
+def test_no_bucket_costs_less_than_the_best(latency: float, bandwidth: float, size: float) -> None:
+    def cost(bucket: float) -> float:
+        return latency * size / bucket + bucket / bandwidth
+
+    best = best_bucket(size, Link(latency, bandwidth), 2)  # of 2 ranks a ring carries just the payload
+    assert 1e6 < best < size
+    assert cost(best) < min(cost(1.1 * best), cost(best / 1.1))
+
+
+def test_small_gradients_are_one_bucket() -> None:
+    assert best_bucket(1e4, Link(1e-3, 1e9), 4) == 1e4
+
+
+@pytest.mark.slow
+def test_the_bucket_is_chosen_from_this_machine(tmp_path: Path) -> None:
+    run = RunConfig(
+        layout="dp=2", out=str(tmp_path), model=MODEL, train=replace(TRAIN, micro_batch_size=4, bucket_mb=0)
+    )
+    chosen = with_bucket(run, gpus=0)
+    size = 4 * 4 * 64 * 176  # bytes of more than one weight, less than all
+    assert size / 2**20 / 10 < chosen.train.bucket_mb < 25
+    assert replace(chosen, train=replace(chosen.train, bucket_mb=0)) == run  # and nothing else
+    assert list((tmp_path / ".cache").iterdir())  # measured once
+    assert with_bucket(run, gpus=0) == chosen
+    assert with_bucket(chosen, gpus=0) is chosen
+
+
+def test_ranks_of_torchrun_do_not_each_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(ConfigError, match="give it a number"):
+        with_bucket(RunConfig(layout="dp=2", model=MODEL, train=replace(TRAIN, bucket_mb=0)), gpus=0)

@@ -218,4 +218,4 @@ def test_the_prediction_does_not_know_the_code_that_sends() -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
-    assert imported == {"__future__", "collections", "collections.abc", "config", "layout", "actions"}
+    assert imported == {"__future__", "math", "collections", "collections.abc", "config", "layout", "actions"}

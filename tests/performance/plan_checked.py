@@ -8,7 +8,7 @@ are predicted with that, and then they run. Targets: memory within 10 %, time wi
 
 CPU: two ranks, as there are cores, and one thread each. All layouts are built in one launch and stepped in turn, so
 that a disturbance of the machine hits all of them; the best of all rounds counts, of the slowest rank. The layouts of
-four ranks take turns on two cores; they stand apart. Memory is what PyTorch's allocator hands out, from its profiler.
+four ranks take turns on two cores; they stand apart. Memory is that of all tensors alive.
 GPU: each layout in ranks of its own, as `bench` runs it; memory is torch.cuda.max_memory_allocated.
 """
 
@@ -20,11 +20,13 @@ import json
 import os
 import platform
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotron_mini.bench import _random, bench
 from picotron_mini.calibrate import calibrate
@@ -105,11 +107,11 @@ def on_cpu_rank(runs: Sequence[RunConfig], rounds: int) -> tuple[list[int], list
     peaks, steps = [], []
     for run in runs:
         gc.collect()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with Live(resized=run.train.zero == 3) as live:
             step = built(run, meshes[run.layout])
             step()
             step()
-        peaks.append(peak_of(profile))
+        peaks.append(live.most)
         steps.append(step)
     best = [float("inf")] * len(runs)
     for _ in range(rounds):
@@ -130,15 +132,35 @@ def built(run: RunConfig, mesh: Mesh) -> Any:
     return lambda: train_step(parallel, optimizer, batches)
 
 
-def peak_of(profile: torch.profiler.profile) -> int:
-    """The most bytes that were allocated and not yet freed, of what was allocated since the profile began."""
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    live = most = 0
-    for event in events:
-        live += event.nbytes()
-        most = max(most, live)
-    return most
+class Live(TorchDispatchMode):
+    """The most bytes that lived at once, of all storages made inside the `with` block.
+
+    Not PyTorch's profiler: what gloo's threads give back it does not see.
+    """
+
+    def __init__(self, resized: bool) -> None:
+        super().__init__()
+        self.most = self._total = 0
+        self._resized = resized  # ZeRO 3 empties and fills storages: then all of them are looked at again and again
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
+                    self._total += storage.nbytes()
+                    weakref.finalize(storage, self._leave, storage._cdata)
+        if self._resized:
+            alive = [ref() for ref, _ in list(self._storages.values())]
+            self._total = sum(storage.nbytes() for storage in alive if storage is not None)
+        self.most = max(self.most, self._total)
+        return out
+
+    def _leave(self, key: int) -> None:
+        self._total -= self._storages.pop(key)[1]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
