@@ -65,7 +65,8 @@ EVERYTHING = RunConfig(
     train=TrainConfig(
         steps=7, seq_len=33, batch_size=6, micro_batch_size=3, micro_batches=2, schedule="afab", optimizer="sgd",
         lr=0.5, min_lr_ratio=0.5, lr_schedule="wsd", warmup_steps=1, weight_decay=0.3, beta1=0.8, beta2=0.99,
-        clip_norm=2.0, freeze=("embed", "norm"), bucket_mb=1.5, eval_every=3, eval_batches=2, seed=5,
+        clip_norm=2.0, freeze=("embed", "norm"), bucket_mb=1.5, compress="topk",
+        compress_keep=0.5, eval_every=3, eval_batches=2, seed=5,
         dtype="float64", device="cpu", compile=True, document_mask=True, virtual_stages=3, context="ulysses",
         sequence_parallel=True, masters="none", tensor_overlap=2, recompute="full", loss_chunks=3, zero=2, zero_group=2,
     ),

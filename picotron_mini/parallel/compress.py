@@ -16,9 +16,9 @@ absolute value, values and places. The rest is not lost but put off (*error feed
 Without the memory e the small entries are never sent, however long they point the same way, and training stops short.
 With it every entry is sent in the end, some steps late. The memory is as large as the gradient, on each rank its own.
 
-That is shown for SGD. AdamW, and clipping, do not keep the promise: what is owed comes in large lumps, which the clipping
-scales down and the second moment remembers. Measured in summary/07_3d_parallel_compression_cpu.log: with this library's
-AdamW and clip_norm=1 top-1 % trains worse with the memory than without it, and both far worse than bf16.
+That is shown for SGD. With AdamW and clipping it may do harm: what is owed comes in large lumps, which clipping scales
+down and the second moment remembers. In summary/07_3d_parallel_compression_cpu.log, one run each with AdamW and
+clip_norm=1, top-1 % learns worse with the memory than without it, and both far worse than bf16.
 
 Places of ranks differ, so the sparse parts cannot be added up on the way: an all_gather carries N parts to every rank.
 

@@ -18,7 +18,7 @@ weights beside the unit before, the ring's keys beside attention. Exchanges of t
 updated weights of ZeRO 1 and 2 are waited for.
 
 Left out, so that you know where it misses: ranks that are not equally fast, kernels that get slower beside a message,
-uneven documents, the first steps' compiling, and the host, where it is slower than its GPU.
+uneven documents, the first steps' compiling, a host that is slower than its GPU, and what `tensor_overlap` hides.
 """
 
 from __future__ import annotations
