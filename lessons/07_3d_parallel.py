@@ -476,9 +476,9 @@ for name, each in zip(CHOSEN, runs, strict=True):
 # ## The plan
 #
 # A model, a batch, so many ranks: which layout? Write the number of ranks as pp · dp · cp · tp in every way, ask
-# the one predicate of legality, predict memory and step time of what is left, and rank what fits. Time is work over rates, plus
-# messages by latency and bandwidth less what hides behind computing, plus the bubble from the schedule's own clock. The
-# rates belong to a *machine*:
+# the one predicate of legality, predict memory and step time of what is left, and rank what fits. Time is work over
+# rates, plus messages by latency and bandwidth less what hides behind computing, plus the bubble from the schedule's own
+# clock. The rates belong to a *machine*:
 
 # %% tags=["nbval-ignore-output"]
 print(gpu.source)
