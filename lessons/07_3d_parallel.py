@@ -434,8 +434,8 @@ draw_memory(memory, gpu.memory)
 # 8,192 tokens through 80 layers. tp with sequence parallelism, cp, pp and recompute do. And the stages of a pipeline do
 # not get away with a fourth of the activations: the first one has four micro-batches under way.
 #
-# Is the estimate any good? Two real ranks, a small model, and PyTorch's profiler. It sees every allocation, but not what
-# gloo's own threads give back, so these are layouts in which no collective makes a tensor of its own:
+# Is the estimate any good? Two real ranks, a small model, and PyTorch's profiler. It sees every allocation, but not
+# what gloo's own threads give back, so these are layouts in which no collective makes a tensor of its own:
 
 
 # %%
