@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..mesh import Axis
 from ..parallel import parallelize, partial
+from ..parallel.actions import Route
+from ..parallel.receives import Receives
 from ..parallel.schedules import SCHEDULES, Action
 from ..training import step
 from .museum import TRAIN, Exhibit
@@ -70,6 +72,11 @@ def gradients_in_stack_order() -> None:
             return actions
         return actions[:micro_batches] + actions[: micro_batches - 1 : -1]
 
+    def order_of_the_others(lists: Sequence[Sequence[Action]], route: Route) -> list[Receives]:
+        micro_batches = len(lists[0]) // 2
+        return in_one_order([real(stage, len(lists), micro_batches) for stage in range(len(lists))], route)
+
+    in_one_order, step.receives_in_one_order = step.receives_in_one_order, order_of_the_others
     SCHEDULES["afab"] = reversed_at_the_end
 
 

@@ -135,7 +135,8 @@ def run_pipeline(
             gradient that becomes ready is final, so that a data-parallel reducer may start to sum it over the replicas.
         after_backward: called after each whole backward; with one chunk all gradients of its micro-batch are there.
         route: where the virtual stages are; None: one a stage.
-        receives: what to start receiving before each action; None: in this stage's own order, right on a line.
+        receives: what to start receiving before each action; None: in this stage's own order, right on a line of
+            ranks whose receives do not hold them up.
         deferred: of the chunks' linear layers, if the schedule splits backwards.
 
     Returns:
@@ -220,11 +221,11 @@ def run_forward(
 
 @cache  # a validation asks again for every batch
 def _forwards(route: Route, micro_batches: int) -> tuple[list[Action], list[Receives] | None]:
-    """The actions of every stage, and with several chunks when each stage starts which receive."""
+    """The actions of every stage, and with several stages when each starts which receive."""
     stages = route.stages
     groups = [range(start, min(start + stages, micro_batches)) for start in range(0, micro_batches, stages)]
     actions = [Action("forward", m, chunk) for group in groups for chunk in range(route.chunks) for m in group]
-    return actions, None if route.chunks == 1 else receives_in_one_order([actions] * stages, route)
+    return actions, None if stages == 1 else receives_in_one_order([actions] * stages, route)
 
 
 def _check(output: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -7,12 +7,16 @@ behind it, for which the sender of that receive may wait. On a ring of two stage
     stage 0:  receive b from 1, then send a to 1          stage 1:  receive a from 0, then send b to 0
 
 Nothing moves. On a line this cannot happen, since all messages of a group go one way and nothing comes back: there a
-stage receives for its next action, in its own order (`receives_in_own_order`), and the neighbours' orders agree because
-all go through the micro-batches in order. Round a ring, and in a V, one order for everyone is needed
-(`receives_in_one_order`): all actions of all stages by the time at which they start on a clock, stage by stage where
-times are equal. A message takes the place of the action that makes it. Each stage starts its sends and receives in
-this order. So of all messages that are not through, the first has both its ends started, as soon as the actions before
-it have run, and those need earlier messages only: it gets through, then the next, and nobody waits for ever.
+stage may receive for its next action, in its own order (`receives_in_own_order`), and the neighbours' orders agree
+because all go through the micro-batches in order. But on a GPU a receive that waits can hold up its whole process: a
+kernel that runs for the first time is loaded, and memory is taken, only when the GPU has nothing else to finish. Two
+neighbours that each receive ahead then wait for each other on a line as well.
+
+So training uses one order for everyone (`receives_in_one_order`): all actions of all stages by the time at which they
+start on a clock, stage by stage where times are equal. A message takes the place of the action that makes it. Each
+stage starts its sends and receives in this order. So of all messages that are not through, the first has both its ends
+started, as soon as the actions before it have run, and those need earlier messages only: it gets through, then the
+next, and nobody waits for ever.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     tokens = all_reduce(torch.as_tensor(targets, device=parallel.device), mesh["dp_cp"])
     pp, route, split = mesh["pp"], parallel.route, parallel.deferred is not None
     schedule, receives = find_schedule(train.schedule, route.chunks), None
-    if route.chunks > 1:
+    if pp.size > 1:
         receives = _receives(train.schedule, route, len(micro_batches))[pp.index]
     gradients = parallel.gradients
     after = None if isinstance(gradients, GradientBuckets | SeveralBuckets) else gradients.after_backward
