@@ -48,6 +48,7 @@ from picotron_mini.course.exercises import check
 from picotron_mini.course.museum import kill, run, show
 from picotron_mini.course.picture import GREY, LINES, drawing, figure, picture
 from picotron_mini.course.tensor_figures import draw_heads, draw_pair
+from picotron_mini.course.tensor_overlap import exposed, order_of_work
 from picotron_mini.course.tensor_time import block_times, exchange_ratio, layer_of_width
 from picotron_mini.launch import launch
 from picotron_mini.layout import Layout, split
@@ -55,7 +56,7 @@ from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.costs import layer_parameters
 from picotron_mini.model.gpt import GPT, init_weights, initial_weight
-from picotron_mini.parallel import partial, tensor
+from picotron_mini.parallel import overlap, partial, tensor
 from picotron_mini.parallel.parallelize import layout_of
 from picotron_mini.parallel.tensor import sharded_dim, tensor_parallel, vocab_parallel_cross_entropy
 from picotron_mini.verify import TRAIN, verify
@@ -898,8 +899,8 @@ kill("04.reduce_from_sums_again", my_test)
 # $ torchrun --nproc-per-node 8 --no-python picotron-mini train --preset h100 --layout dp=2,tp=4
 # ```
 #
-# What changes: the exchanges run on NCCL's stream, and each is waited for before the next product starts. The speed on
-# GPUs is not measured yet.
+# What changes: the exchanges run on NCCL's stream, and each is waited for before the next product starts, until the
+# last section of this lesson changes that. The speed on GPUs is not measured yet.
 #
 # ## What is still whole
 #
@@ -1016,6 +1017,69 @@ assert not broken.ok and "norm" in broken.first_divergence
 # %% [markdown]
 # The museum has it as `04.token_norms_not_summed`. Whoever turns the option on and looks at the first loss sees
 # nothing.
+#
+# ## Overlap: do not wait
+#
+# Four times a layer a rank stands still until an exchange has arrived. Must it? Two observations:
+#
+# - **The exit's forward** is a product over tokens, and the sum of one token has nothing to do with the next token's.
+#   So take the tokens in $k$ parts: while the sum of the first part travels, compute the product of the second.
+# - **The entry's backward** is two products, $dx = dy\,W$ and $dW = dy^\top x$. Only $dx$ is summed over the ranks. So
+#   compute $dx$ first, start its sum, and compute $dW$ meanwhile.
+#
+# With sequence parallelism the entry's forward and the exit's backward gather, in parts too. To have $dx$ before *all*
+# $dW$, the linear layers of an entry (q, k, v; or gate, up) become one function:
+
+# %% tags=["nbval-ignore-output"]
+print(inspect.getsource(overlap._Enter.backward))
+print(inspect.getsource(overlap._Leave.forward))
+
+# %% [markdown]
+# `--tensor-overlap 2` turns it on, in two parts. The sums are the same and so are the bytes, so there is nothing to
+# predict anew:
+
+# %%
+hidden_behind = verify("tp=4", HARD, replace(TRAIN, sequence_parallel=True, tensor_overlap=2))
+assert hidden_behind.ok and not hidden_behind.bytes_problems
+assert hidden_behind.bytes_counted == sequence.bytes_counted
+print("equal to one device within 1e-9, in the same bytes")
+
+# %% [markdown]
+# Is it really in this order? Ask a rank what it starts, waits for and computes, in one step of one layer:
+
+# %%
+(work, *_) = launch(order_of_work, False, 2, world_size=2)
+print(" ".join(work))
+forward = 2 * ["all_reduce", "all_reduce", "wait", "wait"]
+assert work == [*forward, "dW", "all_reduce", "dW", "dW", "wait", "dW", "all_reduce", "dW", "dW", "dW", "wait"]
+
+# %% [markdown]
+# Forward: two sums are started before one is waited for, at the exit of attention and at that of the MLP. Backward,
+# from the right end of the layer: the exit of the MLP needs no exchange (one `dW`); its entry starts its sum, computes
+# two `dW` (gate, up) and waits; then attention, whose entry has three.
+#
+# How much does it hide? If a product takes $P$ and its exchange $C \le P$, the last part alone is exposed: $C/k$. If
+# $C > P$, the product is too short, and no more than its own time can be hidden. On the rank of above (400 TFLOP/s),
+# with `tp=2` and 8,192 tokens of width 2048, inner width 8192:
+
+# %%
+N, D2, F2 = 8192, 2048, 8192
+products = {"attention": D2, "MLP": F2}  # what the exit's product takes in, over all ranks
+print(f"{'':30}{'product':>9}{'exchange':>10}{'exposed with 1':>16}{'2':>7}{'4':>7}{'8 parts':>9}   (ms)")
+for link_name, link in LINKS.items():
+    for pair_name, inner in products.items():
+        product, exchange = 1e3 * 2 * N * D2 * inner / 2 / R, 1e3 * N * D2 * 2 / link
+        left = [exposed(product, exchange, parts) for parts in (1, 2, 4, 8)]
+        name = f"{pair_name}, {link_name.split(',')[0]}"
+        print(f"{name:30}{product:>9.3f}{exchange:>10.3f}{left[0]:>16.3f}{left[1]:>7.3f}{left[2]:>7.3f}{left[3]:>9.3f}")
+        assert abs(left[0] - exchange) < 1e-12 and left == sorted(left, reverse=True)
+
+# %% [markdown]
+# Inside a machine all but one part is hidden, for attention with little to spare. Between machines the products are too
+# short: overlap does not make a slow link fast. And the table flatters many parts: each pays its latency, and a GPU
+# multiplies thin matrices less well, so the best number has to be measured (`tests/performance/tensor_overlap.py`).
+# What is left could hide behind the *other half of the batch*, at the price of two chains of work in each layer
+# (Domino, arXiv 2409.15241); this library does not.
 #
 # ## What to read next
 #

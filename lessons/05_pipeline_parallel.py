@@ -670,12 +670,12 @@ draw_timelines(
 # `balance` makes the slowest stage as fast as it can be, by dynamic programming over (stage, first layer of the stage),
 # exactly. The embedding is a look-up and costs no time worth counting.
 #
-# The slowest stage is the pace of a long step, and many splits have the same one. They differ by a number of units that
-# hardly depends on $m$: much of a step of few micro-batches, little of a long one. What counts is *where* the slow stages
-# are. A step begins with a way down all stages and ends with a way up, and behind a slow stage near the end all others
-# wait for their first gradient. So of the splits with the same slowest stage `balance` takes the evenest (the least sum
-# of squared costs), and of those the one with the most layers on early stages. Under 1F1B early stages also keep the most
-# micro-batches: time and memory pull in opposite directions here, and this is the choice for time.
+# The slowest stage is the pace of a long step, and many splits have the same one. They differ by a number of units
+# that hardly depends on $m$: much of a step of few micro-batches, little of a long one. What counts is *where* the slow
+# stages are. A step begins with a way down all stages and ends with a way up, and behind a slow stage near the end all
+# others wait for their first gradient. So of the splits with the same slowest stage `balance` takes the evenest (the
+# least sum of squared costs), and of those the one with the most layers on early stages. Under 1F1B early stages also
+# keep the most micro-batches: time and memory pull in opposite directions here, and this is the choice for time.
 
 # %%
 SPLITS = {  # 24 layers, a head of 1.33

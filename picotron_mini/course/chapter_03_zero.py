@@ -77,6 +77,13 @@ def _own_gradient(weight: Tensor, gradients: Sequence[Tensor], make_optimizer: M
         weight.copy_(all_gather(mine, axis, 0))
 
 
+def _nothing_sent(weight: Tensor, gradients: Sequence[Tensor], make_optimizer: Make, axis: Axis) -> None:
+    optimizer = make_optimizer([weight])
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+
+
 def _mean(weight: Tensor, gradients: Sequence[Tensor], make_optimizer: Make, axis: Axis) -> None:
     zero_steps(weight, [gradient / axis.size for gradient in gradients], make_optimizer, axis)
 
@@ -113,6 +120,7 @@ _BUDGET = 2 * 8 * LENGTH // RANKS  # two moments of float64
 _SUMMED = "all_reduce gives each rank the whole sum, of which it needs its part: reduce_scatter is half of the way"
 _STEP_HINTS = {
     "alone": "the ranks' weights differ afterwards: each has updated its own part, and the others never got it",
+    "nothing sent": "each rank has trained all of the weight on its own gradients; nothing was exchanged",
     "own": "each part was updated with its owner's own gradient; the other ranks' gradients of it are missing",
     "mean": "the gradients were averaged; the loss is already divided by the global number of targets, so they are "
     "summed",
@@ -122,6 +130,7 @@ _STEP_HINTS = {
 }
 _STEP_MISTAKES: dict[str, Answer] = {
     "alone": _not_handed_round,
+    "nothing sent": _nothing_sent,
     "own": _own_gradient,
     "mean": _mean,
     "forgotten": _state_forgotten,

@@ -1,20 +1,15 @@
 """Exchanges of tensor parallelism behind the products: the same numbers and bytes, and really at the same time."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from picotron_mini.config import ConfigError, RunConfig
+from picotron_mini.course.tensor_overlap import exposed, order_of_work
 from picotron_mini.launch import launch
 from picotron_mini.legality import resolve
-from picotron_mini.mesh import Mesh
-from picotron_mini.parallel import overlap as module
-from picotron_mini.parallel.parallelize import parallelize
-from picotron_mini.training.step import compute_gradients
-from picotron_mini.verify import MODEL, TRAIN, make_batches, verify
+from picotron_mini.verify import MODEL, TRAIN, verify
 
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("tp=2", {"tensor_overlap": 2}),
@@ -37,36 +32,6 @@ def test_equal_to_one_device():
     assert report.ok, report.to_dict()
 
 
-def _order(sequence_parallel: bool) -> list[str]:
-    """What a rank does in one step of one layer, forward and backward, in order."""
-    seen: list[str] = []
-    for name in ("all_reduce_async", "reduce_scatter_async", "all_gather_async"):
-        setattr(module, name, _noted(seen, name.removesuffix("_async"), getattr(module, name)))
-    module._weight_gradient = _noted(seen, "dW", module._weight_gradient)
-    train = replace(TRAIN, tensor_overlap=2, sequence_parallel=sequence_parallel, micro_batches=1, steps=1)
-    run = resolve(RunConfig("tp=2", model=replace(MODEL, num_layers=1), train=train))
-    parallel = parallelize(run, Mesh.build(run.mesh), torch.device("cpu"))
-    compute_gradients(parallel, make_batches(run))
-    return seen
-
-
-def _noted(seen: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    class Watched:
-        def __init__(self, work: Any) -> None:
-            self.work = work
-
-        def wait(self) -> None:
-            seen.append("wait")
-            self.work.wait()
-
-    def watched(*args: Any) -> Any:
-        seen.append(name)
-        result = function(*args)
-        return Watched(result) if hasattr(result, "wait") else result
-
-    return watched
-
-
 @pytest.mark.parametrize(
     ("sequence_parallel", "forward", "backward"),
     [
@@ -80,7 +45,7 @@ def _noted(seen: list[str], name: str, function: Callable[..., Any]) -> Callable
     ],
 )
 def test_what_is_started_is_waited_for_after_the_products(sequence_parallel, forward, backward):
-    for seen in launch(_order, sequence_parallel, world_size=2):
+    for seen in launch(order_of_work, sequence_parallel, 2, world_size=2):
         assert " ".join(seen) == forward + backward
 
 
@@ -96,3 +61,9 @@ def test_what_is_started_is_waited_for_after_the_products(sequence_parallel, for
 def test_what_does_not_go_is_refused(layout, settings, message):
     with pytest.raises(ConfigError, match=message):
         resolve(RunConfig(layout, model=MODEL, train=replace(TRAIN, **{"tensor_overlap": 2, **settings})))
+
+
+def test_what_is_exposed():
+    assert exposed(2.0, 1.0, 1) == 1.0, "all of it in one part"
+    assert exposed(2.0, 1.0, 4) == 0.25, "the last part, where links are faster than products"
+    assert exposed(1.0, 2.0, 4) == pytest.approx(2.0 - 0.75), "else what the products are too short for"
