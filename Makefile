@@ -11,10 +11,10 @@ export NO_MKDOCS_2_WARNING := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test quick lint lab lessons site docs clean
+.PHONY: help setup train test quick verify-all lint lab lessons site docs clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(VENV)/all ## prepare .venv for everything below
 
@@ -28,6 +28,9 @@ test: $(VENV)/all lint ## check everything that this repository claims
 
 quick: $(VENV)/all lint ## the checks of a few minutes
 	$(BIN)/python -m pytest tests -m "not slow"
+
+verify-all: $(VENV)/core ## verify every legal combination of techniques; goes on where it was interrupted
+	$(BIN)/python -m picotron_mini.verify_all summary/07_3d_parallel_verify_all.log
 
 lint: $(VENV)/all ## style and types
 	$(BIN)/ruff check $(CHECKED)

@@ -40,10 +40,11 @@ class Run:
 class Verify(Run):
     """Compare a layout with one device, on random tokens, with SGD and with AdamW.
 
-    Sizes, dtype, schedule, freezing and compiling count; text, tokenizer, --optimizer and --batch-size do not.
+    Sizes, dtype, schedule, freezing and compiling count; text, tokenizer, --optimizer and --batch-size do not. Without
+    a layout or any other flag, every technique alone and some combinations are compared, on at most 8 ranks.
     """
 
-    json: bool = False  # print one JSON object instead of a table; an error that is no number is null in it
+    json: bool = False  # print a JSON object (one a line) in place of a table; null: an error that is no number
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ def verify_command(args: list[str]) -> int:
     from .parity import table
     from .verify import MODEL, TRAIN, verify
 
+    if not args or args == ["--json"]:
+        return _verify_matrix(as_json=bool(args))
     wanted = _parse(Verify, "verify", args, RunConfig(layout="dp=2,tp=2", model=MODEL, train=TRAIN))
     import torch
 
@@ -279,6 +282,28 @@ def verify_command(args: list[str]) -> int:
     else:
         _print(table(report))
     return 0 if report.ok else 1
+
+
+def _verify_matrix(as_json: bool) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .matrix import default_matrix
+    from .verify_all import results, table
+
+    begin()
+    runs, found = default_matrix(), []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task("verifying", total=len(runs))
+        for result in results(runs):
+            found.append(result)
+            bars.advance(task)
+            if as_json:
+                print(json.dumps(result, allow_nan=False), flush=True)
+    if not as_json:
+        _print(table(found))
+    return 0 if all(result["ok"] for result in found) else 1
 
 
 def describe_command(args: list[str]) -> int:

@@ -184,3 +184,13 @@ class Mesh:
                 GROUPS[axis.key] = group
         inside, across = (axis for rank, axis in axes if rank == self.rank)
         return inside, across
+
+
+def close_groups() -> None:
+    """Take down the groups of the meshes that were built here, before another one is. Every rank must call it."""
+    dist.barrier()  # a rank that goes ahead would break off what its peers have yet to receive
+    mine = str(dist.get_rank())
+    for key, group in GROUPS.items():
+        if mine in key.partition(":")[2].split(",") and group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    GROUPS.clear()

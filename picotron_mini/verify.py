@@ -29,7 +29,7 @@ from .data.loader import Batch, data_rows
 from .launch import launch, under_torchrun
 from .layout import Layout
 from .legality import resolve
-from .mesh import Mesh, coordinates
+from .mesh import Mesh, close_groups, coordinates
 from .model.gpt import IGNORE
 from .moe.dispatch import recording
 from .parallel.expert_traffic import Decided, Rows, Traffic, rows_of_step
@@ -73,14 +73,23 @@ def make_batches(run: RunConfig) -> list[Batch]:
     return out
 
 
-def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch], patch: Callable[[], Any] | None) -> list[Any]:
+def _jobs_on_rank(jobs: Sequence[Sequence[RunConfig]], patch: Callable[[], Any] | None) -> list[list[Any]]:
+    """What one rank computes for each job."""
+    if patch is not None:
+        patch()
+    out = []
+    for runs in jobs:
+        out.append(_on_rank(runs, make_batches(runs[0])))
+        close_groups()  # the next job has a mesh of its own
+    return out
+
+
+def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch]) -> list[Any]:
     """What one rank computes for each run.
 
     Returns:
         Its snapshots; of its last step the bytes, and what its routers decided; in which order it kept experts.
     """
-    if patch is not None:
-        patch()
     mesh = Mesh.build(runs[0].mesh)
     device = (
         torch.device("cuda", torch.cuda.current_device()) if runs[0].train.device == "cuda" else torch.device("cpu")
@@ -147,12 +156,27 @@ def verify(
         resolve(RunConfig(layout=layout, model=model, train=replace(train, optimizer=o, batch_size=0)), gpus=gpus)  # type: ignore[arg-type]
         for o in optimizers
     ]
-    run = runs[0]
-    device = run.train.device  # resolved: "auto" is one of the two by now
-    whole = layout_of(run)
-    batches = make_batches(run)
-    per_rank = launch(_on_rank, runs, batches, patch, world_size=run.mesh.world_size, device=device, output="hide")
+    return verify_together([runs], patch)[0]
 
+
+def verify_together(jobs: Sequence[Sequence[RunConfig]], patch: Callable[[], Any] | None = None) -> list[Report]:
+    """As `verify` of each job, with one launch for all.
+
+    Args:
+        jobs: each a resolved run, once for each optimizer to try; all on one device and on as many ranks.
+        patch: see `verify`.
+    """
+    first = jobs[0][0]
+    device, size = first.train.device, first.mesh.world_size  # resolved: "auto" is one of the two by now
+    ranks = launch(_jobs_on_rank, jobs, patch, world_size=size, device=device, output="hide")
+    return [_report(runs, [results[n] for results in ranks]) for n, runs in enumerate(jobs)]
+
+
+def _report(runs: Sequence[RunConfig], per_rank: Sequence[list[Any]]) -> Report:
+    """Compare what every rank has computed for the runs of one job with one device, and with the predicted bytes."""
+    run, batches = runs[0], make_batches(runs[0])
+    device = run.train.device
+    whole = layout_of(run)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
     errors = Errors()

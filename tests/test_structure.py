@@ -37,14 +37,16 @@ LEVELS = {
     "monitoring": 4,
     "parity": 5,
     "verify": 6,
+    "matrix": 7,
+    "verify_all": 8,
     "bench": 5,
     "write": 5,
     "ready": 5,
     "record": 6,
     "course": 7,
     "train": 7,
-    "cli": 8,
-    "__main__": 9,
+    "cli": 9,
+    "__main__": 10,
 }
 HOSTS = {  # pages of papers and of what is talked about; never where packages come from
     "arxiv.org",

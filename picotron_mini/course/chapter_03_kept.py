@@ -21,28 +21,37 @@ RANKS = 3  # with two, many a wrong part is right
 Answer = Callable[..., Any]
 
 
-def kept_bytes_stub(parameters: int, ranks: int, stage: int) -> float:
-    """Bytes that each rank keeps from step to step, with bf16 weights and AdamW, in this library. Flags are too few.
+def kept_bytes_stub(parameters: int, ranks: int, stage: int, itemsize: int) -> float:
+    """Bytes that each rank keeps from step to step with AdamW, in this library. Flags are too few to count.
 
     Args:
         parameters: how many elements the model has.
         ranks: of the dp axis.
         stage: of ZeRO; 0 is plain data parallelism.
+        itemsize: bytes of a weight: 2 for bf16; 4 for float32, where the optimizer updates the weights themselves.
     """
     raise NotAttempted
 
 
-def kept_bytes(parameters: int, ranks: int, stage: int) -> float:
-    """Weights 2, gradients 4, masters 4, two moments 8 bytes; ZeRO 1 also has the part that it has reduced."""
-    a_parameter = {0: 18.0, 1: 2 + 4 + 16 / ranks, 2: 2 + 16 / ranks, 3: 18 / ranks}
+def kept_bytes(parameters: int, ranks: int, stage: int, itemsize: int) -> float:
+    """Gradients 4, two moments 8, masters 4 beside bf16 weights; ZeRO 1 also has the part that it has reduced."""
+    owned = 8 + (4 if itemsize == 2 else 0)
+    a_parameter = {
+        0: itemsize + 4 + owned,
+        1: itemsize + 4 + (4 + owned) / ranks,
+        2: itemsize + (4 + owned) / ranks,
+        3: (itemsize + 4 + owned) / ranks,
+    }
     return parameters * a_parameter[stage]
 
 
-def _per_parameter(whole: float, part: Sequence[float]) -> Answer:
-    """`whole` bytes in stage 0, and whole[s] + part[s] / ranks in stage s: (w1, p1, w2, p2, w3, p3)."""
+def _per_parameter(whole: float, part: Sequence[float], wrong_at: int = 2) -> Answer:
+    """`whole` bytes in stage 0, w + p / ranks in the others: (w1, p1, w2, p2, w3, p3); right at another itemsize."""
     numbers = dict(zip((1, 2, 3), zip(part[::2], part[1::2], strict=True), strict=True))
 
-    def answer(parameters: int, ranks: int, stage: int) -> float:
+    def answer(parameters: int, ranks: int, stage: int, itemsize: int) -> float:
+        if itemsize != wrong_at:
+            return kept_bytes(parameters, ranks, stage, itemsize)
         stays, shared = numbers.get(stage, (whole, 0.0))
         return parameters * (stays + shared / ranks)
 
@@ -77,54 +86,77 @@ _KEPT: dict[str, tuple[Answer, str]] = {
         "only ZeRO 3 cuts all; ZeRO 1 cuts masters and moments, ZeRO 2 the gradients too",
     ),
     "nothing cut": (
-        lambda parameters, ranks, stage: 18 * parameters,
+        _per_parameter(18, (18, 0, 18, 0, 18, 0)),
         "this is what plain data parallelism keeps; each stage cuts more of it over the ranks",
     ),
     "of all ranks": (
-        lambda parameters, ranks, stage: ranks * kept_bytes(parameters, ranks, stage),
+        lambda parameters, ranks, stage, itemsize: ranks * kept_bytes(parameters, ranks, stage, itemsize),
         "this is what all ranks keep together; asked is one",
+    ),
+    "masters beside float32": (
+        _per_parameter(20, (8, 16, 4, 16, 0, 20), wrong_at=4),
+        "right for bf16; float32 weights need no masters beside them: the optimizer updates the weights themselves",
+    ),
+    "always bf16": (
+        _per_parameter(18, (6, 16, 2, 16, 0, 18), wrong_at=4),
+        "right for bf16, and the same numbers were given for float32: there a weight has 4 bytes, and no master",
+    ),
+    "own rows apart": (
+        _per_parameter(16, (8, 16, 4, 16, 0, 16), wrong_at=4),
+        "right for bf16; with float32 weights the part that a rank owns is a part of the weights that it has already: "
+        "only moments, and the gradient's part, come on top",
     ),
 }
 _MODEL = ModelConfig(vocab_size=384, hidden_size=48, intermediate_size=144, num_layers=1, num_heads=4)
 
 
-def _states(stage: Literal[0, 1, 2, 3]) -> RunConfig:
-    train = replace(TRAIN, dtype="bfloat16", zero=stage)
+CASES: list[tuple[Literal[0, 1, 2, 3], int]] = [(0, 2), (1, 2), (2, 2), (3, 2), (0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def _run(stage: Literal[0, 1, 2, 3], itemsize: int) -> RunConfig:
+    train = replace(TRAIN, dtype="bfloat16" if itemsize == 2 else "float32", zero=stage)
     return resolve(RunConfig(layout=f"dp={RANKS}", model=_MODEL, train=train))
 
 
 @cache  # it does not depend on the answer
 def _measured() -> list[int]:
-    runs = [_states(0), _states(1), _states(2), _states(3)]
+    runs = [_run(*case) for case in CASES]
     return [total for _, total in launch(kept, runs, world_size=RANKS, timeout=120, output="hide")[0]]
 
 
 def _run_kept_bytes(answer: Answer) -> str | None:
-    parameters = sum(torch.Size(place.shape).numel() for place in layout_of(_states(0)).values())
-    arguments = [(parameters, RANKS, stage) for stage in range(4)]
+    parameters = sum(torch.Size(place.shape).numel() for place in layout_of(_run(0, 2)).values())
+    arguments = [(parameters, RANKS, *case) for case in CASES]
     got = [answer(*each) for each in arguments]
 
-    def near(others: Sequence[float]) -> bool:
-        return all(abs(mine - other) <= 0.005 * other for mine, other in zip(got, others, strict=True))
+    def near(others: Sequence[float], cases: slice) -> bool:
+        pairs = zip(got[cases], others[cases], strict=True)
+        return all(abs(mine - other) <= 0.005 * other for mine, other in pairs)
 
     measured = _measured()
-    if near(measured):
+    bf16, float32 = slice(0, 4), slice(4, 8)
+    if near(measured, bf16) and near(measured, float32):
         return None
+    judged = float32 if near(measured, bf16) else bf16
     for wrong, hint in _KEPT.values():
-        if near([wrong(*each) for each in arguments]):
+        known = [wrong(*each) for each in arguments]
+        if near(known, judged) and not near(measured, judged):
             return hint
     pairs = [(mine / parameters, true / parameters) for mine, true in zip(got, measured, strict=True)]
-    stage = next(n for n, (mine, true) in enumerate(pairs) if abs(mine - true) > 0.005 * true)
-    mine, true = pairs[stage]
-    return f"in stage {stage} a rank of {RANKS} keeps {true:.2f} bytes a parameter, measured; this says {mine:.2f}"
+    at = next(n for n, (mine, true) in enumerate(pairs) if abs(mine - true) > 0.005 * true)
+    (stage, itemsize), (mine, true) = CASES[at], pairs[at]
+    return (
+        f"in stage {stage}, with weights of {itemsize} bytes, a rank of {RANKS} keeps {true:.2f} bytes a parameter, "
+        f"measured; this says {mine:.2f}"
+    )
 
 
 EXERCISES = [
     Exercise(
         id="03.kept_bytes",
         title="What a rank keeps",
-        task="Predict what each rank keeps from step to step in each stage of ZeRO. Ranks that train decide, within "
-        "half a percent.",
+        task="Predict what each rank keeps from step to step in each stage of ZeRO, with bf16 and with float32 "
+        "weights. Ranks that train decide, within half a percent.",
         stub=kept_bytes_stub,
         reference=kept_bytes,
         mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _KEPT.items()),

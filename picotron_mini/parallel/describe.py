@@ -103,8 +103,10 @@ def describe(run: RunConfig) -> RenderableType:
         seen.add(short)
         where = ", ".join(map(str, place.stages))
         if short != name:
-            ranges = [" and ".join(f"{r.start}-{r.stop - 1}" for r in runs) for runs in held]
-            where = "; ".join(f"{s}: layers {text}" for s, text in enumerate(ranges))
+            having = [n for n in range(run.model.num_layers) if short.replace("*", str(n), 1) in layout]
+            held_here = [[range(max(r.start, having[0]), min(r.stop, having[-1] + 1)) for r in runs] for runs in held]
+            ranges = [" and ".join(_span(r) for r in runs if r) for runs in held_here]
+            where = "; ".join(f"{s}: layers {text}" for s, text in enumerate(ranges) if text)
         places.add_row(short, str(list(place.shape)), where, _split(place), ", ".join(_summed(run, place)) or "nothing")
     bytes_ = Table(
         title="what a rank hands to torch.distributed in one step; where the ranks of a stage differ, the most",
@@ -122,6 +124,10 @@ def describe(run: RunConfig) -> RenderableType:
         numbers = [f"{traffic[axis, operation]:,}" for traffic in most]
         bytes_.add_row(axis, operation, _when(run, (axis, operation)), *numbers)
     return Group(places, bytes_)
+
+
+def _span(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}"
 
 
 def _split(place: Placement) -> str:

@@ -23,7 +23,7 @@ Legend: B sequences of a micro-batch, T tokens of a sequence, t = T/cp here, E e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -130,10 +130,16 @@ class Routers:
                 module.router.bias = self.biases[layer - self.layers.start]
 
 
-def _positions(tokens: int, cp: Axis, how: str) -> Tensor:
+def _positions(tokens: int, cp: int, how: str) -> Tensor:
     """The position of each token [T] in the order of the ranks."""
-    ranges = [part for rank in range(cp.size) for part in context_chunks(tokens, cp.size, rank, how)]
+    ranges = [part for rank in range(cp) for part in context_chunks(tokens, cp, rank, how)]
     return torch.cat([torch.arange(part.start, part.stop) for part in ranges])
+
+
+@cache  # sent to the device once: a copy from the host is waited for
+def _order(tokens: int, cp: int, how: str, device: torch.device) -> Tensor:
+    """Where each position [T] stands in the order of the ranks."""
+    return _positions(tokens, cp, how).argsort().to(device)
 
 
 def _whole(x: Tensor, cp: Axis, how: str) -> Tensor:
@@ -141,7 +147,7 @@ def _whole(x: Tensor, cp: Axis, how: str) -> Tensor:
     if cp.size == 1:
         return x
     together = all_gather(x, cp, 1)  # [B, T, ...] by rank
-    return together[:, _positions(together.shape[1], cp, how).argsort().to(x.device)]
+    return together[:, _order(together.shape[1], cp.size, how, x.device)]
 
 
 def _part(x: Tensor, cp: Axis, how: str) -> Tensor:

@@ -254,7 +254,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(moe: dict[str, Any]) 
     want = before.logits(before(tokens))
     assert (after.logits(after(tokens)) - want).abs().max() / want.abs().max() < 1e-12
     assert after.layers["1"].get_parameter("mlp.router.weight").std() > 0.01, "a router of zeros would never learn"
-    one, other = after.layers["1"].get_parameter("mlp.experts.up")[:2]
+    one, other = state["layers.1.mlp.experts.up"][:2]
     assert one.data_ptr() != other.data_ptr() and torch.equal(one, other)
 
 

@@ -119,13 +119,21 @@ def products(quick: bool) -> dict[str, Any]:
         counts = (shares / shares.sum() * len(rows)).long()
         counts[0] += len(rows) - counts.sum()
         counts = counts.to(DEVICE)
+        leaf = rows.detach().requires_grad_()
+        toward = torch.randn(leaf.shape, device=DEVICE).to(DTYPE)
+
+        def step(
+            call: Callable[[Tensor, Tensor], Tensor], run: Experts = run, leaf: Tensor = leaf, counts: Tensor = counts,
+            toward: Tensor = toward,
+        ) -> object:  # fmt: skip
+            return torch.autograd.grad(call(leaf, counts), [leaf, *run.parameters()], toward)
+
+        def loop(rows: Tensor, counts: Tensor, run: Experts = run) -> Tensor:
+            return with_loop(run, rows, counts)
+
         times = {
-            "grouped": milliseconds(lambda run=run, rows=rows, counts=counts: gradients(run, run, rows, counts)),
-            "loop": milliseconds(
-                lambda run=run, rows=rows, counts=counts: gradients(
-                    lambda r, c: with_loop(run, r, c), run, rows, counts
-                )
-            ),
+            "grouped": milliseconds(lambda step=step, run=run: step(run)),
+            "loop": milliseconds(lambda step=step, loop=loop: step(loop)),
         }
         flops = 18 * len(rows) * WIDTH * inner
         out[str(number)] = {
@@ -205,7 +213,11 @@ def main() -> None:
             run.model, hidden_size=WIDTH, intermediate_size=2 * INNER, num_layers=2, num_heads=4, num_kv_heads=2,
             head_dim=8, vocab_size=300, moe=replace(run.model.moe, expert_size=INNER),
         )  # fmt: skip
-        run = replace(run, model=small, train=replace(run.train, seq_len=32, dtype="float32", compile=False, steps=2))
+        run = replace(
+            run,
+            model=small,
+            train=replace(run.train, seq_len=32, dtype="float32", compile=False, steps=2, device="cpu"),
+        )
     assert run.model.moe is not None
     run = replace(fitting(run), train=replace(run.train, micro_batch_size=2, micro_batches=4))
     results["steps"] = [steps("8 experts, top-2", run)]
