@@ -397,12 +397,12 @@ texts = (
     "gina finds a red house.\nh",
     "3,5,7,9,11,13\n0,3,6,9,12,",
 )
-shown = [text.replace("\n", ".") for text in texts]
+shown = [text.replace("\n", "↵") for text in texts]
 draw_routes([(label, routes(runs["bias"].model, text).tolist()) for label, text in zip(shown, texts, strict=True)])
 
 # %% [markdown]
-# Experts specialise in *characters and their neighbourhood*, not in subjects as a person would name them: what a
-# layer's input holds is mostly the token.
+# No expert has a subject for itself, and no subject an expert. Which one a character gets depends on the character and
+# on what stands around it: the same digit can go to one expert in a sum and to another in a sequence.
 #
 # ## One exit for the auxiliary loss
 #

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from .picture import GREY, INK, PALE, Picture, drawing, figure, picture
@@ -82,10 +81,13 @@ def draw_trade(rows: Tensor, title: str = "") -> Picture:
         axes = fig.subplots()
         for source in range(ranks):
             for to in range(ranks):
-                side = max(0.12, 0.94 * float(torch.sqrt(rows[source, to] / most)))  # the area is the number
-                corner = (to + 0.5 - side / 2, source + 0.5 - side / 2)
-                axes.add_patch(Rectangle(corner, side, side, facecolor=PALE[to], edgecolor=GREY, linewidth=0.6))
-                axes.text(to + 0.5, source + 0.5, str(int(rows[source, to])), ha="center", va="center", color=INK)
+                number = int(rows[source, to])
+                if number:  # the area is the number, but that it has room for its digits
+                    side = max(0.3, 0.94 * (number / most) ** 0.5)
+                    corner = (to + 0.5 - side / 2, source + 0.5 - side / 2)
+                    axes.add_patch(Rectangle(corner, side, side, facecolor=PALE[to], edgecolor=GREY, linewidth=0.6))
+                colour = INK if number else GREY
+                axes.text(to + 0.5, source + 0.5, str(number), ha="center", va="center", color=colour)
         for to in range(ranks):
             axes.text(to + 0.5, ranks + 0.32, f"{int(rows[:, to].sum())} in all", ha="center", va="center", fontsize=8)
         axes.set_yticks([r + 0.5 for r in range(ranks)], [f"from rank {r}" for r in range(ranks)])
