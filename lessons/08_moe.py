@@ -208,10 +208,9 @@ assert worst < 1e-14
 print(inspect.getsource(Experts.forward))
 
 # %% [markdown]
-# What does all the sorting cost? On the CPU, beside the experts' own products, 6% of forward and backward where the
-# experts are narrow (width 128), less where they are wide; the naive way takes 4.6 times as long
-# ([log](../summary/08_moe_cpu.log)). On a GPU the products are faster and the permuting is not, so there its share is
-# larger.
+# What does all the sorting cost? On one CPU core, for widths from 128 to 512, 3 to 7% of the experts' own forward and
+# backward; the naive way takes 4.2 to 4.8 times as long ([log](../summary/08_moe_cpu.log)). On a GPU products gain
+# more than copies do, so expect a larger share there.
 #
 # ## Routing: who decides?
 #
@@ -806,8 +805,8 @@ check("08.kept", kept)
 
 # %% [markdown]
 # **3. An auxiliary loss on two ranks.** Return this rank's part of the loss of the whole pool: the ranks' gradients
-# are going to be *summed*. `all_reduce(x, axis)` (of `picotron_mini.collectives`) has no gradient. At most $8E$ bytes
-# may be sent.
+# are going to be *summed*. `all_reduce(x, axis)` (of `picotron_mini.collectives`) has no gradient. At most
+# $8E + 8$ bytes may be sent.
 
 
 # %%
@@ -891,10 +890,10 @@ kill("08.weights_without_gradient", my_test)
 # $ picotron-mini bench --preset bench-moe --layout dp=2,ep=2
 # $ picotron-mini bench --preset bench-moe --layout dp=2,ep=2 --dispatch-parts 2
 # $ picotron-mini train --preset moe-tiny
-# $ torchrun --nproc-per-node 8 --no-python picotron-mini train --preset bench-moe --layout dp=8,ep=8
+# $ torchrun --nproc-per-node 8 --no-python picotron-mini train --preset moe-tiny --layout dp=8,ep=8
 # ```
 #
-# `train --preset moe-tiny` runs on the CPU too, in some minutes: 8 experts, top-2, on real text, and its report draws
+# `train --preset moe-tiny` runs on the CPU too, in 3 to 5 minutes on two free cores: 8 experts, top-2, on real text, and its report draws
 # the load of every layer over time and says what each expert gets. What was measured on GPUs is in the
 # [write-up](../summary/08_moe.md#measured-performance).
 #
