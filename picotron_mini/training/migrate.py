@@ -111,6 +111,8 @@ def _owners(place: Placement, ep: Axis, data: Axis) -> tuple[Axis, Owner]:
 
 def _move(tensor: Tensor, axis: Axis, owner: Owner, before: Order, after: Order) -> None:
     """Rows of a tensor, one an expert, from their owners before to those after, in place."""
+    if tensor.dtype == torch.int16:  # halves of masters; no backend sends int16, and only bits are copied here
+        tensor = tensor.view(torch.bfloat16)
     was = {expert: owner(slot) for slot, expert in enumerate(before)}
     will = {expert: owner(slot) for slot, expert in enumerate(after)}
     me = axis.index
