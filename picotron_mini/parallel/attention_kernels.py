@@ -41,7 +41,7 @@ def attend_with_lse(
     """Attention over one block of keys, and the log-sum-exp of its scores.
 
     Args:
-        q: [B, H, Tq, Dh], any strides that end in 1.
+        q: [B, H, Tq, Dh].
         k, v: [B, Hkv, Tk, Dh]; H is a multiple of Hkv.
         causal: query i sees keys 0..i; Tq and Tk are equal then.
         mask: [B, 1, Tq, Tk] bool, true where a query sees a key; not together with `causal`.
@@ -49,6 +49,7 @@ def attend_with_lse(
     Returns:
         out [B, H, Tq, Dh] in q's dtype, and lse [B, H, Tq] in float32 or float64.
     """
+    q, k, v = _ending_in_1(q, k, v)
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_bias(mask, q))
     elif not _fused(q):
@@ -76,6 +77,7 @@ def attend_backward(
         Of the shapes of q, k and v, in their dtype.
     """
     bias = _bias(mask, q)
+    grad, q, k, v, out = _ending_in_1(grad, q, k, v, out)
     if q.device.type == "cpu":
         backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
@@ -93,6 +95,14 @@ def attend_backward(
         cudnn = _aten._scaled_dot_product_cudnn_attention_backward
         dq, dk, dv = cudnn(grad, q, k, v, out, lse[..., None], seed[0], seed[1], bias, *lengths)
     return dq, dk, dv
+
+
+def _ending_in_1(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with a last stride of 1: the kernels take it for granted, and read other numbers where it is not.
+
+    Rotary embedding puts two halves of a head together, and where a half is one channel torch lays them out otherwise.
+    """
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _fused(q: Tensor) -> bool:

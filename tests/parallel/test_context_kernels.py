@@ -76,6 +76,20 @@ def test_one_block(kind: str, which: str, dtype: torch.dtype, device: str) -> No
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_last_dim_that_is_strided(device: str) -> None:
+    """As rotary embedding leaves queries of heads of two channels; kernels that are handed it read other numbers."""
+    dense = tensors(torch.float64, device)
+    strided = [torch.stack([x, x.new_full(x.shape, float("nan"))], -1)[..., 0] for x in dense]
+    assert all(x.stride(-1) == 2 for x in strided)
+    seen = torch.ones(2, 1, 12, 12, dtype=torch.bool, device=device).tril()
+    q, k, v, grad = strided
+    out, lse = attend_with_lse(q, k, v, causal=True)
+    got = (out, lse, *attend_backward(grad, q, k, v, out, lse, causal=True, mask=None))
+    for found, expected in zip(got, truth(*dense, seen), strict=True):
+        close(found, expected, torch.float64)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_blocks_make_the_whole_though_rows_are_masked_whole(kind: str, dtype: torch.dtype, device: str) -> None:
     """Keys in three uneven blocks; many queries see nothing of the last one, and some nothing of the first."""
