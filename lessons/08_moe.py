@@ -416,9 +416,9 @@ print(inspect.getsource(balancing._Attach))
 # %% [markdown]
 # ## Expert parallel
 #
-# Of Mixtral's 46.7 billion parameters 45.1 are experts, and with their state all are 841 GB. Data ranks hold a copy each.
-# But they differ in tokens only, so let `ep` of them hold the experts *between* them: nobody loses anything that could
-# not be asked of a neighbour. The same ranks, dealt out anew:
+# Of Mixtral's 46.7 billion parameters 45.1 are experts, and with their state all are 841 GB. Data ranks hold a copy
+# each. But they differ in tokens only, so let `ep` of them hold the experts *between* them: nobody loses anything that
+# could not be asked of a neighbour. The same ranks, dealt out anew:
 
 # %%
 mesh = MeshShape.parse("dp=4,ep=2")
@@ -893,8 +893,8 @@ kill("08.weights_without_gradient", my_test)
 # $ torchrun --nproc-per-node 8 --no-python picotron-mini train --preset moe-tiny --layout dp=8,ep=8
 # ```
 #
-# `train --preset moe-tiny` runs on the CPU too, in 3 to 5 minutes on two free cores: 8 experts, top-2, on real text, and its report draws
-# the load of every layer over time and says what each expert gets. What was measured on GPUs is in the
+# `train --preset moe-tiny` runs on the CPU too, in 3 to 5 minutes on two free cores: 8 experts, top-2, on real text.
+# Its report draws the load of every layer over time and says what each expert gets. What was measured is in the
 # [write-up](../summary/08_moe.md#measured-performance).
 #
 # ## What to read next
