@@ -347,10 +347,10 @@ for name, pool in (("first", first), ("second", second), ("both as one pool", to
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(balancing.move_bias))
-print(inspect.getsource(train).split("routers = ")[1])
+print(inspect.getsource(train))
 
 # %% [markdown]
-# The loop above is the whole training. The same start, the same batches, five ways:
+# That is the whole training. The same start, the same batches, four more ways, and a dense model:
 
 # %%
 runs["z-loss"] = train(small(replace(ONE, z_weight=0.001)))
@@ -381,8 +381,8 @@ draw_load({name: runs[name].load for name in ("nothing", "z-loss", "aux, global"
 # - *Bits* says how much the chosen expert tells about the subject of a character, of 2 bits that there are to know,
 #   on text that was not trained on. Balance does not forbid specialisation: over eight seeds 0.71 bits with nothing,
 #   0.69 with a global pool, 0.74 with biases. Balance within sequences costs some: 0.42.
-# - **Do not read the losses.** Another seed reorders them; the means over eight seeds lie between 1.05 and 1.07, one
-#   way's seeds between 0.99 and 1.27. With as many active weights, a mixture of this size on this text is not better
+# - **Do not read the losses.** Another seed reorders them; the means over eight seeds lie between 1.05 and 1.07, and
+#   the seeds of one way (nothing) between 1.00 and 1.27. With as many active weights, a mixture of this size on this text is not better
 #   than the dense model. Nothing here says what would be at scale.
 #
 # The means are those of the [write-up](../summary/08_moe.md#measured-performance), the panels are of this one seed.
