@@ -208,9 +208,9 @@ assert worst < 1e-14
 print(inspect.getsource(Experts.forward))
 
 # %% [markdown]
-# What does all the sorting cost? On one CPU core, for widths from 128 to 512, 3 to 7% of the experts' own forward and
-# backward; the naive way takes 4.2 to 4.8 times as long ([log](../summary/08_moe_cpu.log)). On a GPU products gain
-# more than copies do, so expect a larger share there.
+# What does all the sorting cost? On one CPU core, for widths from 128 to 512, 6 to 22% of the experts' own forward, and
+# at most 7% of forward and backward; the naive way takes 4.2 to 4.8 times as long
+# ([log](../summary/08_moe_cpu.log)). On a GPU products gain more than copies do, so expect a larger share there.
 #
 # ## Routing: who decides?
 #
@@ -382,8 +382,8 @@ draw_load({name: runs[name].load for name in ("nothing", "z-loss", "aux, global"
 #   on text that was not trained on. Balance does not forbid specialisation: over eight seeds 0.71 bits with nothing,
 #   0.69 with a global pool, 0.74 with biases. Balance within sequences costs some: 0.42.
 # - **Do not read the losses.** Another seed reorders them; the means over eight seeds lie between 1.05 and 1.07, and
-#   the seeds of one way (nothing) between 1.00 and 1.27. With as many active weights, a mixture of this size on this text is not better
-#   than the dense model. Nothing here says what would be at scale.
+#   the seeds of one way (nothing) between 1.00 and 1.27. With as many active weights, a mixture of this size on this
+#   text is not better than the dense model. Nothing here says what would be at scale.
 #
 # The means are those of the [write-up](../summary/08_moe.md#measured-performance), the panels are of this one seed.
 #

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from .calibrate import with_bucket
 from .collectives import ledger
 from .config import ConfigError, RunConfig
 from .data.loader import Batch
@@ -44,7 +45,8 @@ def bench(run: RunConfig, warmup: int = 3) -> dict[str, Any]:
     if warmup < 0:
         raise ConfigError(f"warmup={warmup} must be 0 or above")
     vocab_size = run.model.vocab_size or run.data.expected_vocab_size
-    run = resolve(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus=torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    run = resolve(with_bucket(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus), gpus=gpus)
     size, train = run.mesh.world_size, run.train
     ranks = launch(_on_rank, run, warmup, world_size=size, device=train.device, timeout=None, output="hide")
     seconds = ranks[0]["step_seconds"]
@@ -62,6 +64,7 @@ def bench(run: RunConfig, warmup: int = 3) -> dict[str, Any]:
         "seq_len": train.seq_len,
         "micro_batch_size": train.micro_batch_size,
         "micro_batches": train.micro_batches,
+        "bucket_mb": train.bucket_mb,
         "tokens_per_second_per_rank": speed,
         "mfu": speed * flops_per_token(run.model, train.seq_len) / peak if peak else None,
         "peak_memory_bytes": ranks[0]["peak_memory_bytes"],
@@ -140,6 +143,7 @@ def table(result: dict[str, Any]) -> Table:
     if result.get("max_load") is not None:
         out.add_row("parameters that a token passes", f"{result['active_parameters']:,}")
         out.add_row("busiest expert, over its even share", f"{result['max_load']:.2f}")
+    out.add_row("bucket", f"{result['bucket_mb']:.3g} MiB")
     out.add_row("tokens/s per rank", f"{result['tokens_per_second_per_rank']:,.0f}")
     out.add_row(
         "MFU (6N + 12 L H Dh T)", f"{100 * result['mfu']:.1f} %" if result["mfu"] else "not known on this device"

@@ -1,4 +1,4 @@
-"""The command line: `picotron-mini train | generate | verify | describe | bench | progress`.
+"""The command line: `picotron-mini train | generate | verify | describe | plan | bench | progress`.
 
 All settings of `RunConfig` are flags, without prefixes, in every command that has them: `--layout dp=2,tp=2` (or just
 `dp=2,tp=2`), `--seq-len 512`, ... They change a preset (`--preset laptop`) or a file (`--config run.toml`, `.yaml` or
@@ -53,6 +53,21 @@ class Bench(Run):
 
     json: bool = False  # print one JSON object instead of a table
     warmup: int = 3  # steps before the measured ones
+
+
+@dataclass(frozen=True)
+class Plan(Run):
+    """Rank the legal layouts by predicted speed, or look at one: LAYOUT, and with --dry-run its ranks' own code."""
+
+    json: bool = False  # print one JSON object instead of a table
+    ranks: int = 0  # 0: the layout's, else the GPUs or cores of this machine
+    machine: str = "this"  # this one, measured; or h100, h100-cluster, or a file that was measured elsewhere
+    measure: bool = False  # measure this machine also if it is known
+    memory_gib: float = 0.0  # of each rank; 0: the machine's
+    link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
+    host_link_gb_s: float = 0.0  # ... between hosts, for each rank
+    ranks_per_host: int = 0  # 0: the machine's
+    dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 
 @dataclass(frozen=True)
@@ -324,6 +339,23 @@ def describe_command(args: list[str]) -> int:
     return 0
 
 
+def plan_command(args: list[str]) -> int:
+    """rank layouts by predicted speed and memory, for any number of ranks"""
+    wanted = _parse(Plan, "plan", args, replace(PRESETS["laptop"], layout="auto"))
+    from .planner import Wish, answer
+
+    run = wanted.run
+    run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size))
+    if not any(arg.partition("=")[0] == "--layout" for arg in _name_bare_layout(args)):
+        run = replace(run, layout="auto")  # a preset's or a file's is only one of those to be compared
+    found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}))
+    if wanted.json:
+        print(json.dumps(found.data))
+    else:
+        _print(found.shown)
+    return 0 if found.ok else 1
+
+
 def bench_command(args: list[str]) -> int:
     """measure tokens per second, MFU and memory of a layout"""
     wanted = _parse(Bench, "bench", args, PRESETS["laptop"])
@@ -362,6 +394,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate_command,
     "verify": verify_command,
     "describe": describe_command,
+    "plan": plan_command,
     "bench": bench_command,
     "progress": progress_command,
 }

@@ -94,12 +94,32 @@ def shard_size(total: int, parts: int) -> int:
 _library = torch.library.Library("picotron_mini", "DEF")
 
 
+_rehearsing = False  # inside `rehearsal`
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Inside the block operators run also on tensors without memory (fake ones), so that the ledger counts them.
+
+    For a dry run: with torch's fake process group nothing is sent, and all that is left of a collective is its count.
+    """
+    global _rehearsing
+    _rehearsing = True
+    try:
+        yield
+    finally:
+        _rehearsing = False
+
+
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def define(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def without_memory(*args: Any) -> Any:
+            return fn(*args) if _rehearsing else fake(*args)
+
         name = schema.split("(")[0]
         _library.define(schema)
         _library.impl(name, fn, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"picotron_mini::{name}", fake, lib=_library)
+        torch.library.register_fake(f"picotron_mini::{name}", without_memory, lib=_library)
         return getattr(torch.ops.picotron_mini, name).default
 
     return define
@@ -389,7 +409,8 @@ class _GatherFrom(Function):
     @staticmethod
     def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
         ctx.key, ctx.size, ctx.dim = key, size, dim
-        return _all_gather(x.movedim(dim, 0), key, size).movedim(0, dim)
+        # in order: each product that follows would make, and keep, a copy in order of its own
+        return _all_gather(x.movedim(dim, 0), key, size).movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -181,7 +181,9 @@ class TrainConfig:
     beta2: float = 0.95
     clip_norm: float = 1.0  # 0: do not clip
     freeze: tuple[str, ...] = ()  # parameters that stay as they are, by the first parts of their names, as layers.0
-    bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB
+    bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB; 0: chosen from this machine's links
+    compress: Literal["none", "bf16", "topk"] = "none"  # how gradients travel over dp: as they are, or lossy
+    compress_keep: float = 0.01  # share of each gradient's entries that compress=topk sends
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
     dispatch_parts: int = 1  # of the tokens on their way to experts on other ranks: one computes, the next travels
     place_every: int = 0  # steps after which experts are spread over ep anew, by their load; 0: they stay

@@ -191,6 +191,10 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
             f"masters={train.masters} does not go with zero={train.zero}, which cuts the masters over dp; "
             "use masters=whole or zero=0"
         )
+    if train.compress != "none" and train.zero:
+        found.append(f"compress={train.compress} is for whole gradients, and zero={train.zero} cuts them; use zero=0")
+    if not 0 < train.compress_keep <= 1:
+        found.append(f"compress_keep={train.compress_keep} must lie above 0 and be at most 1")
     if train.zero_group and not train.zero:
         found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
     elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):

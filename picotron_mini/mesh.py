@@ -69,24 +69,21 @@ def coordinates(shape: MeshShape, rank: int) -> dict[str, int]:
 
 def axis_of(shape: MeshShape, rank: int, name: str) -> Axis:
     """The axis `name` through `rank`; needs no process."""
-    here = coordinates(shape, rank)
-    members = tuple(
-        r for r in range(shape.world_size) if all(coordinates(shape, r)[a] == here[a] for a in AXES if a != name)
-    )
-    return Axis(name, len(members), here[name], members)
+    here, stride = coordinates(shape, rank)[name], 1
+    for faster in AXES[AXES.index(name) + 1 :]:
+        stride *= getattr(shape, faster)
+    first, size = rank - here * stride, getattr(shape, name)
+    return Axis(name, size, here, tuple(range(first, first + size * stride, stride)))
 
 
 def data_axis_of(shape: MeshShape, rank: int) -> Axis:
     """The ranks that differ from `rank` in dp or cp only, cp fastest. Named "dp" when cp is 1, else "dp_cp"."""
     if shape.cp == 1:
         return axis_of(shape, rank, "dp")
-    here = coordinates(shape, rank)
-    members = tuple(
-        r
-        for r in range(shape.world_size)
-        if all(coordinates(shape, r)[a] == here[a] for a in AXES if a not in ("dp", "cp"))
-    )
-    return Axis("dp_cp", len(members), members.index(rank), members)
+    here, size = coordinates(shape, rank), shape.dp * shape.cp  # neighbours among the axes: one stride for both
+    index = here["dp"] * shape.cp + here["cp"]
+    first = rank - index * shape.tp
+    return Axis("dp_cp", size, index, tuple(range(first, first + size * shape.tp, shape.tp)))
 
 
 def expert_axis_of(shape: MeshShape, rank: int, name: str) -> Axis:

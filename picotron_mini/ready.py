@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from .calibrate import with_bucket
 from .config import ConfigError, RunConfig, UserError, to_dict
 from .data.loader import Loader, Prepared, prepare
 from .layout import to_json
@@ -64,7 +65,8 @@ def make_ready(run: RunConfig, gpus: int, ranks: int | None = None) -> ReadyRun:
             f"vocab_size={vocab_size} is less than the {prepared.vocab_size} entries of the tokenizer "
             f"{run.data.tokenizer!r}; use vocab_size>={prepared.vocab_size}, or 0 to take the tokenizer's"
         )
-    run = resolve(replace(run, name=folder.name, model=replace(run.model, vocab_size=vocab_size)), gpus=gpus)
+    run = replace(run, name=folder.name, model=replace(run.model, vocab_size=vocab_size))
+    run = resolve(with_bucket(run, gpus), gpus=gpus)
     Loader(prepared, "train", run.train.seq_len, run.train.batch_size, run.train.seed)  # refuses too short a text
     return ReadyRun(run, prepared, folder)
 

@@ -89,7 +89,7 @@ def test_the_table_of_a_gpu() -> None:
     result = {
         "layout": "dp=1", "device": "H", "torch": "2", "parameters": 1234567, "tokens_per_second_per_rank": 45678.4,
         "step_seconds": [0.3, 0.1, 0.2], "mfu": 0.421, "peak_memory_bytes": 3 << 30, "bytes_per_step": {"dp x": 9000},
-        "matmul_tflops": 712.3,
+        "matmul_tflops": 712.3, "bucket_mb": 25.0,
     }  # fmt: skip
     console = Console(width=100)
     with console.capture() as captured:

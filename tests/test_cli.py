@@ -71,7 +71,8 @@ EVERYTHING = RunConfig(
     train=TrainConfig(
         steps=7, seq_len=33, batch_size=6, micro_batch_size=3, micro_batches=2, schedule="afab", optimizer="sgd",
         lr=0.5, min_lr_ratio=0.5, lr_schedule="wsd", warmup_steps=1, weight_decay=0.3, beta1=0.8, beta2=0.99,
-        clip_norm=2.0, freeze=("embed", "norm"), bucket_mb=1.5, eval_every=3, eval_batches=2, seed=5,
+        clip_norm=2.0, freeze=("embed", "norm"), bucket_mb=1.5, compress="topk",
+        compress_keep=0.5, eval_every=3, eval_batches=2, seed=5,
         dtype="float64", device="cpu", compile=True, document_mask=True, virtual_stages=3, context="ulysses",
         sequence_parallel=True, masters="none", tensor_overlap=2, recompute="full", loss_chunks=3, zero=2, zero_group=2,
         dispatch_parts=2, place_every=9,
@@ -157,7 +158,7 @@ def test_every_command_explains_its_flags(command: str, capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith(f"usage: picotron-mini {command}")
-    if command in ("train", "verify", "describe", "bench"):  # they share the flags
+    if command in ("train", "verify", "describe", "plan", "bench"):  # they share the flags
         for flag in ("layout", "seq-len", "micro-batch-size", "micro-batches", "dtype", "compile", "device", "seed"):
             assert re.search(rf"^│? *--{flag} ", out, re.MULTILINE), flag
         assert "--preset" in out and "--config" in out
@@ -484,6 +485,56 @@ def test_a_folder_without_permission(refuses: Callable[..., str], tmp_path: Path
     assert "cannot write to locked" in refuses(1, "--out", "locked/runs")
     (tmp_path / "hidden").mkdir(mode=0o000)
     assert "cannot write to hidden" in refuses(1, "--out", "hidden")
+
+
+def planned(*args: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *TINY, *args])
+    return int(end.value.code or 0)
+
+
+def test_plan_ranks_layouts(capfd: pytest.CaptureFixture[str]) -> None:
+    assert planned("--ranks", "4", "--machine", "h100", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["ranks"] == 4 and found["machine"] == "h100"
+    seconds = [each["step_seconds"] for each in found["layouts"]]
+    assert seconds == sorted(seconds) and found["layouts"][0]["fits"]
+    assert planned("--ranks", "4", "--machine", "h100") == 0
+    assert "4 ranks of h100 with 78 GiB" in capfd.readouterr().out
+    assert planned("--ranks", "4", "--machine", "h100", "--memory-gib", "1e-5") == 1
+    assert "NOTHING FITS" in capfd.readouterr().out
+
+
+def test_plan_of_one_layout(capfd: pytest.CaptureFixture[str]) -> None:
+    assert planned("dp=2,tp=2", "--machine", "h100") == 0
+    out = capfd.readouterr().out
+    assert "dp=2,tp=2" in out and "computing" in out and "fits into 78 GiB of h100" in out
+    slow = []
+    for speed in ("100", "0.001"):
+        assert planned("tp=2", "--machine", "h100", "--link-gb-s", speed, "--json") == 0
+        slow.append(json.loads(capfd.readouterr().out)["step_seconds"])
+    assert slow[1] > 2 * slow[0]
+
+
+def test_plan_rehearses_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
+    assert planned("dp=2,pp=2", "--dry-run", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["ok"] and not found["problems"] and sorted(found["ranks"]) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--dry-run"], "name it, as dp=16,tp=8,pp=8"),
+        (["dp=2", "--ranks", "4"], "layout dp=2 has 2 ranks, and --ranks says 4"),
+        (["--ranks", "2", "--machine", "h1000"], "neither a preset (h100, h100-cluster)"),
+        (["--ranks", "2", "--machine", "h100", "--measure"], "asks for another"),
+        (["--ranks", "3", "--machine", "h100"], "batch_size=4 does not split over dp=3"),
+    ],
+)
+def test_plan_refuses(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert planned(*args) == 2
+    assert words in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["verify", "describe", "bench"])

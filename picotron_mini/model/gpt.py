@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -309,6 +310,11 @@ def bias_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Global name -> global shape of every parameter, in model order; a tied head is not listed."""
+    return dict(_shapes(config))
+
+
+@lru_cache(maxsize=8)  # a planner asks hundreds of times
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     _check(config)
     with torch.device("meta"):
         model = GPT(config)
@@ -325,6 +331,8 @@ def initial_weight(
     its variance does not grow with depth (GPT-2). CPU and CUDA draw different numbers from one seed.
     """
     name = global_name(config, name)
+    if torch.device(device).type == "meta":  # a dry run wants shapes, and there is no generator without memory
+        return torch.empty(*shape, device=device)
     if name.endswith("norm.weight"):
         return torch.ones(*shape, device=device)
     std = 0.02

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ..collectives import Work, all_reduce_async, broadcast
 from ..mesh import Axis
+from .compress import Reduce
 
 
 def broadcast_parameters(module: nn.Module, axis: Axis) -> None:
@@ -108,10 +109,17 @@ class GradientBuckets:
         parameters: those that are frozen or given twice (tied) are handled.
         axis: to sum over; with one rank it only accumulates.
         bucket_bytes: size at which a bucket is closed.
+        reduce: another way to sum a bucket (`compress.py`).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis, bucket_bytes: float = 25 * 2**20) -> None:
-        self.axis = axis
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        axis: Axis,
+        bucket_bytes: float = 25 * 2**20,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self.axis, self.reduce = axis, reduce
         self.armed = False
         self.next = 0  # the bucket whose reduction is to be started next
         # dict: a tied parameter once. Reversed: backward reaches the last layers first.
@@ -161,7 +169,10 @@ class GradientBuckets:
             if not slot.used:
                 current.flags[number] = 0.0
                 slot.grad.zero_()
-        current.work = all_reduce_async(current.buffer, self.axis)
+        if self.reduce is not None:
+            current.work = self.reduce(current.buffer, [slot.parameter.numel() for slot in current.slots])
+        else:
+            current.work = all_reduce_async(current.buffer, self.axis)
 
     def arm(self, times: Mapping[nn.Parameter, int] | None = None) -> None:
         """Say that the next backward is the step's last: its gradients are final, so reductions may start.

@@ -31,6 +31,7 @@ from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
 from .actions import Route, route_of
 from .balance import balance
+from .compress import compression
 from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
@@ -232,7 +233,10 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     size = train.bucket_mb * 2**20
     others = _experts(parameters, mesh)
     groups = by_axis(parameters.values(), lambda p: others.get(p, mesh["dp_cp"]))
-    reducers = [(GradientBuckets(group, axis, size), group) for axis, group in groups.items()]
+    reducers = [
+        (GradientBuckets(group, axis, size, compression(train.compress, axis, train.compress_keep)), group)
+        for axis, group in groups.items()
+    ]
     buckets = SeveralBuckets(reducers) if others else reducers[0][0]
     return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, buckets, device, routers, deferred)
 

@@ -7,6 +7,8 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
     axis    operation     bytes                                 what for
     dp      all_reduce    g (elements + parameters) + 8         gradients and their flags; the number of targets;
                                                                 the axis is dp_cp where cp > 1
+            all_reduce    2 (elements + parameters)             compress=bf16: in place of g
+            all_gather    g sum (2 k + 1)                       compress=topk: instead, k = ceil(keep elements)
     tp      all_reduce    m a (2 + 2) a layer                   exits of attention and MLP; their entries, backward
             all_reduce    m a on the first stage, m a on the last    embedding; entry of the head, backward
             all_reduce    3 m B T w on the last stage           loss over the split vocabulary
@@ -50,6 +52,7 @@ A backward exchange happens only if a gradient flows there: below the first trai
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -90,7 +93,15 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows:
     else:
         for axis, names in _by_axis(mine, set(trained)).items():
             axis, size = ("edp", mesh.edp) if axis == "edp" else (data, mesh.dp * mesh.cp)
-            out[axis, "all_reduce"] += (size > 1) * wide * (sum(trained[name] for name in names) + len(names))
+            elements = [trained[name] for name in names]
+            if size == 1:
+                continue
+            if train.compress == "topk":
+                kept = (min(n, math.ceil(train.compress_keep * n)) for n in elements)
+                out[axis, "all_gather"] += wide * sum(2 * k + 1 for k in kept)
+            else:
+                width = 2 if train.compress == "bf16" else wide
+                out[axis, "all_reduce"] += width * (sum(elements) + len(elements))
     if mesh.tp > 1:
         pairs = sum(name.endswith(EXITS) for name in mine)
         entries, exits = _with_gradient(list(mine), set(trained), first, last)

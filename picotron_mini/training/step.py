@@ -140,6 +140,19 @@ def apply_gradients(
     parallel: Parallel, optimizer: torch.optim.Optimizer, loss: Tensor, tokens: Tensor, stop: bool = False
 ) -> StepResult:
     """Clip the gradients that `compute_gradients` left by their global norm, and update the weights."""
+    sums = update(parallel, optimizer, loss, stop).cpu()  # the one point where the host waits for the GPU
+    routing = None if parallel.routers is None else parallel.routers.finish(sums[3:])
+    total_loss, squared, asked_sum = sums[:3].tolist()
+    return StepResult(total_loss, math.sqrt(squared), int(tokens), asked_sum > 0, routing)
+
+
+def update(parallel: Parallel, optimizer: torch.optim.Optimizer, loss: Tensor, stop: bool = False) -> Tensor:
+    """All of `apply_gradients` but its waiting.
+
+    Returns:
+        Sums over all ranks, float64, on the device: loss, squared norm before clipping, ranks asked to stop; and with
+        experts what their routers count.
+    """
     train, mesh = parallel.run.train, parallel.mesh
     gradients = gradients_of(parallel)
     mine = loss.double() if mesh["tp"].index == 0 else torch.zeros_like(loss, dtype=torch.float64)
@@ -153,10 +166,7 @@ def apply_gradients(
         torch._foreach_mul_(held, clip_factor(sums[1].sqrt(), train.clip_norm).to(held[0].dtype))
     update_masters(parallel, optimizer, gradients)
     update_weights(parallel)
-    sums = sums.cpu()  # the one point where the host waits for the GPU
-    routing = None if parallel.routers is None else parallel.routers.finish(sums[3:])
-    total_loss, squared, asked_sum = sums[:3].tolist()
-    return StepResult(total_loss, math.sqrt(squared), int(tokens), asked_sum > 0, routing)
+    return sums
 
 
 def train_step(

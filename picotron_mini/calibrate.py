@@ -1,0 +1,172 @@
+"""What this very machine can do, measured in half a minute: the rates that `parallel/machine.py` is made of.
+
+    calibrate(run, ranks) -> Machine
+
+**Computing.** Passes of known work (some layers and the head of the run's own model, at several micro-batches, and as
+narrow as tensor parallelism would leave them) are timed on all ranks at once, as in training: ranks of one host share
+its memory, and a rank alone would look faster than it will be. Each pass is one equation, its four numbers of work
+(`parallel/work.py`) times four unknown seconds; there are more equations than unknowns, so the squares of the relative
+errors are made least, with no rate below zero. The best of some rounds counts, of the slowest rank.
+
+**Sending.** Each collective at several sizes; latency and bandwidth are solved for in the same way.
+
+**Overlap.** A pass with an all_reduce under way beside it, against both alone: what share of the message was hidden?
+
+The result is kept in a file by the machine's fingerprint (device, cores, torch, dtype, compile, ranks, model), so that
+`plan` asks the machine once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from .config import ConfigError, RunConfig
+from .launch import launch, under_torchrun
+from .legality import resolve
+from .measure import OPERATIONS, SIZES, measure, passes, payload
+from .mesh import coordinates
+from .parallel.footprint import footprint
+from .parallel.machine import MACHINES, Link, Machine, from_json, to_json, wire_bytes
+from .parallel.messages import best_bucket
+from .parallel.parallelize import layout_of
+
+
+def calibrated(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
+    """This machine for a run, from its file, or measured now and kept.
+
+    Args:
+        run: resolved for one rank, with the vocabulary's size filled.
+        ranks: that compute at once and send to each other; the machine's GPUs or cores.
+        anew: measure also if there is a file.
+    """
+    path = Path(run.out) / ".cache" / f"machine-{_fingerprint(run, ranks)}.json"
+    if path.exists() and not anew:
+        return from_json(path.read_text(encoding="utf-8"))
+    machine = calibrate(run, ranks)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(machine), encoding="utf-8")
+    return machine
+
+
+def with_bucket(run: RunConfig, gpus: int) -> RunConfig:
+    """The run with a `bucket_mb` of 0 replaced by the best for this machine's links (`messages.best_bucket`).
+
+    Args:
+        run: with the vocabulary's size filled, not resolved yet.
+        gpus: that this machine has.
+
+    Raises:
+        ConfigError: the run is not legal, or this is a rank of `torchrun`.
+    """
+    if run.train.bucket_mb:
+        return run
+    if under_torchrun():
+        raise ConfigError(
+            "bucket_mb=0 measures the links in ranks of its own, and every rank of torchrun would; give it a number: "
+            "`picotron-mini bench --bucket-mb 0` finds one"
+        )
+    probe = resolve(replace(run, train=replace(run.train, bucket_mb=25.0)), gpus=gpus)
+    ranks = probe.mesh.dp * probe.mesh.cp
+    if ranks == 1:
+        return replace(run, train=replace(run.train, bucket_mb=25.0))
+    train = replace(probe.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", virtual_stages=2, compress="none",
+                    sequence_parallel=False, recompute="none", loss_chunks=1)  # fmt: skip
+    alone = resolve(replace(probe, layout="1", train=train), gpus=gpus)
+    machine = calibrated(alone, min(ranks, gpus or os.cpu_count() or 1))
+    layout, index = layout_of(probe), coordinates(probe.mesh, 0)
+    size = footprint(replace(probe, train=replace(probe.train, zero=0, zero_group=0)), layout, index).gradients
+    link = machine.inside.get("all_reduce") or machine.inside[""]
+    return replace(run, train=replace(run.train, bucket_mb=best_bucket(size, link, ranks) / 2**20))
+
+
+def _fingerprint(run: RunConfig, ranks: int) -> str:
+    train = run.train
+    device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu {os.cpu_count()}"
+    parts = [
+        device,
+        torch.__version__,
+        train.dtype,
+        train.compile,
+        train.seq_len,
+        train.document_mask,
+        ranks,
+        run.model,
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def calibrate(run: RunConfig, ranks: int) -> Machine:
+    """Measure."""
+    found = launch(measure, run, world_size=ranks, device=run.train.device, timeout=600, output="hide")
+    slowest = {key: max(rank[key] for rank in found) for key in found[0]}
+    works = passes(run)
+    rows, times = [work.numbers() for work, _ in works], [slowest["forward", n] for n in range(len(works))]
+    product, attention, activation, launch_ = solve(rows, times)
+    expected = [
+        sum(
+            n * each
+            for n, each in zip(work.backward().numbers(), (product, attention, activation, launch_), strict=True)
+        )
+        for work, _ in works
+    ]
+    backward = statistics.median(slowest["backward", n] / seconds for n, seconds in enumerate(expected))
+    cuda = run.train.device == "cuda"
+    if ranks > 1:
+        links = {op: _link(op, ranks, slowest) for op in OPERATIONS}
+        links[""] = links["send"]
+    else:
+        links = dict(MACHINES["h100"].inside)
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores"
+    source = f"measured on {ranks} rank(s), torch {torch.__version__}"
+    message = slowest["all_reduce", SIZES[-1]] if ranks > 1 else 0.0
+    hidden = 1 - (slowest["both", 0] - slowest["alone", 0]) / message if message else MACHINES["h100"].overlap
+    return Machine(
+        name=name, source=source if ranks > 1 else source + "; links: those of the preset h100",
+        memory=torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory() / ranks,
+        product_flops=_rate(product), attention_flops=_rate(attention), activation_bandwidth=_rate(activation),
+        launch=launch_, backward=backward, accumulate=slowest["accumulate", 0], update=slowest["update", 0],
+        overlap=min(1.0, max(0.0, hidden)), ranks_per_host=ranks, inside=links,
+        cores=0 if cuda else os.cpu_count() or 1,
+    )  # fmt: skip
+
+
+def _rate(seconds: float) -> float:
+    return 1 / seconds if seconds > 0 else 1e30  # the fit found that this part costs nothing beside the others
+
+
+def _host_memory() -> float:
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def solve(rows: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
+    """Seconds for a unit of each column, none below zero, that make the squares of the relative errors least.
+
+    With so few unknowns every subset of them is tried as the ones above zero; the best that has none below wins.
+    """
+    a = torch.tensor(rows, dtype=torch.float64) / torch.tensor(times, dtype=torch.float64)[:, None]
+    scale = a.abs().amax(0).clamp(min=1e-300)  # columns of like size, or the solver takes the small ones for zero
+    a, ones = a / scale, torch.ones(len(times), 1, dtype=torch.float64)
+    best, best_error = torch.zeros(a.shape[1], dtype=torch.float64), float("inf")
+    for size in range(1, a.shape[1] + 1):
+        for columns in combinations(range(a.shape[1]), size):
+            found = torch.linalg.lstsq(a[:, columns], ones).solution[:, 0]
+            error = float(((a[:, columns] @ found - 1) ** 2).sum())
+            if (found >= 0).all() and error < best_error:
+                best, best_error = torch.zeros_like(best), error
+                best[list(columns)] = found
+    return [float(x) for x in best / scale]
+
+
+def _link(operation: str, ranks: int, slowest: dict[tuple[str, int], float]) -> Link:
+    hops = max(1, (ranks - 1).bit_length())
+    rows = [(float(hops), wire_bytes(operation, payload(operation, n, ranks), ranks)) for n in SIZES]
+    latency, per_byte = solve(rows, [slowest[operation, n] for n in SIZES])
+    return Link(latency, _rate(per_byte))

@@ -1,0 +1,168 @@
+"""The measurements that calibrate.py solves for rates, made on each rank: passes of known work, messages, updates.
+
+    measure(run)     on every rank at once     ->   {("forward", 0): seconds, ("all_reduce", 2**20): seconds, ...}
+
+All ranks start each call together (a barrier before it), and the best of some rounds counts: what disturbs makes
+slower, never faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .collectives import all_gather, all_reduce, all_reduce_async, all_to_all, barrier, receive, reduce_scatter, send
+from .config import MeshShape, RunConfig
+from .legality import layout_problems
+from .mesh import Axis, Mesh
+from .model.costs import parameters
+from .model.gpt import GPT, init_weights
+from .parallel.activations import share_of
+from .parallel.parallelize import DTYPES
+from .parallel.work import Work, forward_work
+from .training.optimizer import clip_factor, make_optimizer
+
+LAYERS = 2  # of a timed pass: enough that the time of one is not that of its start
+ROUNDS = 10
+SIZES = (2**10, 2**16, 2**20, 2**23)  # bytes of the timed messages
+ELEMENTS = 8_000_000  # of the timed update, or as many as the model has
+
+
+def payload(operation: str, size: int, ranks: int) -> float:
+    """Bytes that a rank hands over so that the whole is `size`."""
+    return size / ranks if operation == "all_gather" else size
+
+
+def passes(run: RunConfig) -> list[tuple[Work, tuple[int, int, bool]]]:
+    """The passes to time: their work, and micro-batch, tensor-parallel size and whether it is the head."""
+    size = run.train.micro_batch_size
+    out = []
+    for tp in (1, 2, 4):
+        mesh = MeshShape(tp=tp)
+        if layout_problems(run.model, mesh):
+            continue
+        for micro_batch in sorted({max(1, size // 2), size, 2 * size} if tp == 1 else {size}):
+            train = replace(run.train, micro_batch_size=micro_batch, recompute="none", sequence_parallel=False)
+            each = replace(run, layout=str(mesh), train=train)
+            out.append((forward_work(each, LAYERS, False), (micro_batch, tp, False)))
+    for micro_batch in (max(1, size // 2), 2 * size):
+        each = replace(run, layout="1", train=replace(run.train, micro_batch_size=micro_batch))
+        out.append((forward_work(each, 0, True), (micro_batch, 1, True)))
+    return out
+
+
+def measure(run: RunConfig) -> dict[tuple[str, int], float]:
+    """Seconds of everything, by name and number or size."""
+    mesh = Mesh.build(MeshShape(dp=torch.distributed.get_world_size()))
+    axis, cuda = mesh["dp"], run.train.device == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    out: dict[tuple[str, int], float] = {}
+
+    def timed(*calls: Callable[[], object]) -> list[float]:
+        """Best seconds of each call, all made in turn."""
+        times: list[list[float]] = [[] for _ in calls]
+        for round_ in range(ROUNDS + 2):
+            barrier(axis)
+            for call, found in zip(calls, times, strict=True):
+                _wait(device)
+                start = time.perf_counter()
+                call()
+                _wait(device)
+                if round_ > 1:
+                    found.append(time.perf_counter() - start)
+        return [min(found) for found in times]
+
+    for number, (_, which) in enumerate(passes(run)):
+        forward, backward = _pass(run, which, device)
+        out["forward", number], out["backward", number] = timed(forward, backward)
+    if axis.size > 1:
+        for operation, collective in OPERATIONS.items():
+            for size in SIZES:
+                x = torch.ones(int(payload(operation, size, axis.size)) // 4, device=device)
+                (out[operation, size],) = timed(lambda c=collective, x=x: c(x, axis))  # type: ignore[misc]
+        x = torch.ones(SIZES[-1] // 4, device=device)
+        forward, backward = _pass(run, passes(run)[0][1], device)
+
+        def alone() -> None:
+            forward()
+            backward()
+
+        def both() -> None:
+            work = all_reduce_async(x, axis)
+            alone()
+            work.wait()
+
+        out["alone", 0], out["both", 0] = timed(alone, both)
+    weights = {
+        str(i): torch.randn(250, 1000, device=device)
+        for i in range(max(1, min(ELEMENTS, parameters(run.model)) // 250_000))
+    }
+    gradients = [torch.randn_like(weight) for weight in weights.values()]
+    others = [torch.randn_like(weight) for weight in weights.values()]
+    optimizer = make_optimizer(weights, run.train)
+
+    def update() -> None:
+        factor = clip_factor(torch.nn.utils.get_total_norm(gradients), 1.0)
+        torch._foreach_mul_(gradients, factor)
+        for weight, gradient in zip(weights.values(), gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+
+    elements = 250_000 * len(weights)
+    adding = lambda: [a.add_(b) for a, b in zip(gradients, others, strict=True)]  # noqa: E731
+    times = timed(update, adding)
+    out["update", 0], out["accumulate", 0] = (seconds / elements for seconds in times)
+    return out
+
+
+def _pass(run: RunConfig, which: tuple[int, int, bool], device: torch.device) -> tuple[Callable[[], object], ...]:
+    """The forward and the backward of some layers, or of the head with the loss, to be called in turn."""
+    micro_batch, tp, head = which
+    model = GPT(share_of(run.model, tp), layers=range(0 if head else LAYERS), embed=False, head=head)
+    init_weights(model, 0)
+    model = model.to(device, DTYPES[run.train.dtype])
+    if run.train.compile:
+        for block in model.layers.values():
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        model.cross_entropy = torch.compile(model.cross_entropy)
+    shape = (micro_batch, run.train.seq_len)
+    hidden = torch.randn(
+        *shape, run.model.hidden_size, device=device, dtype=DTYPES[run.train.dtype], requires_grad=True
+    )
+    targets = torch.randint(run.model.vocab_size, shape, device=device)
+    documents = torch.zeros(shape, dtype=torch.int64, device=device) if run.train.document_mask else None
+    kept: list[torch.Tensor] = []
+
+    def forward() -> None:
+        out = model(hidden, None, documents)
+        kept[:] = [model.loss(out, targets) if head else out.sum()]
+
+    def backward() -> None:
+        kept.pop().backward()
+
+    return forward, backward
+
+
+def _exchange(x: torch.Tensor, axis: Axis) -> None:
+    """A message from each even rank to the next one."""
+    if axis.index % 2 == 0 and axis.index + 1 < axis.size:
+        send(x, axis, axis.index + 1).wait()
+    elif axis.index % 2:
+        receive(x, axis, axis.index - 1).wait()
+
+
+OPERATIONS: dict[str, Callable[[torch.Tensor, Axis], object]] = {
+    "all_reduce": all_reduce,
+    "all_gather": lambda x, axis: all_gather(x, axis, 0),
+    "reduce_scatter": lambda x, axis: reduce_scatter(x, axis, 0),
+    "all_to_all": all_to_all,
+    "send": _exchange,
+}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,148 @@
+"""What `picotron-mini plan` does: find the machine, then rank all layouts, or look at one, or rehearse it.
+
+plan --ranks 64 --machine h100-cluster --preset bench        the best layouts of 64 ranks
+plan dp=8,tp=4,pp=2 --machine h100-cluster ...               one layout, with where its seconds and bytes go
+plan dp=8,tp=4,pp=2 --dry-run ...                            its ranks' own code, without memory (dry_run.py)
+plan --measure                                               this machine, measured anew
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from .calibrate import calibrated
+from .config import ConfigError, RunConfig
+from .dry_run import dry_run, sample
+from .dry_run import table as dry_table
+from .legality import resolve
+from .monitoring.units import bytes_text
+from .parallel.machine import GIB, Link, Machine, find_machine
+from .parallel.plan import by_axis, plan, settings, table, to_dict
+from .parallel.predict import Prediction, predict
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked, beside the run."""
+
+    ranks: int = 0  # 0: the layout's, else the GPUs or cores of this machine
+    machine: str = "this"  # this one, measured; or a preset, or a file that --measure has written
+    measure: bool = False  # measure this machine also if it is known
+    memory_gib: float = 0.0  # of each rank; 0: the machine's
+    link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
+    host_link_gb_s: float = 0.0  # ... between hosts, for each rank
+    ranks_per_host: int = 0  # 0: the machine's
+    dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is printed, as a table or as plain data, and whether all is well."""
+
+    shown: RenderableType
+    data: dict[str, Any]
+    ok: bool
+
+
+def answer(run: RunConfig, wish: Wish) -> Answer:
+    """Do what was asked.
+
+    Args:
+        run: with the vocabulary's size filled; its layout "auto" asks for all.
+
+    Raises:
+        ConfigError: nothing legal, or contradicting wishes.
+    """
+    if run.model.moe is not None:
+        raise ConfigError(
+            "plan does not predict mixtures of experts yet; `describe` says where they live, `bench` measures them"
+        )
+    known = "" if run.layout == "auto" else run.layout
+    if wish.dry_run and not known:
+        raise ConfigError("--dry-run rehearses one layout; name it, as dp=16,tp=8,pp=8")
+    size = run.mesh.world_size if known else 0
+    if size and wish.ranks not in (0, size):
+        raise ConfigError(f"layout {known} has {size} ranks, and --ranks says {wish.ranks}; leave one of them out")
+    here = torch.cuda.device_count() or os.cpu_count() or 1
+    ranks = size or wish.ranks or here
+    if ranks < 1:
+        raise ConfigError(f"ranks={ranks} must be at least 1")
+    if wish.dry_run:
+        run = resolve(replace(run, train=replace(run.train, device="cpu")))
+        results = [dry_run(run, rank) for rank in sample(run)]
+        problems = [problem for each in results for problem in each.problems]
+        data = {
+            "layout": run.layout, "ok": not problems, "problems": problems,
+            "ranks": {
+                each.rank: {f"{axis} {operation}": n for (axis, operation), n in sorted(each.counted.items())}
+                for each in results
+            },
+        }  # fmt: skip
+        return Answer(dry_table(run, results), data, not problems)
+    machine = choose_machine(run, wish, min(ranks, here))
+    on_gpu = wish.machine != "this" or bool(torch.cuda.device_count())
+    run = replace(run, train=replace(run.train, device="cuda" if on_gpu else "cpu"))
+    if known:
+        found = predict(resolve(run, gpus=ranks), machine)
+        return Answer(_one(found, machine), to_dict(found), found.fits)
+    result = plan(run, ranks, machine)
+    data = {
+        "machine": machine.name, "source": machine.source, "ranks": ranks, "memory_bytes": machine.memory,
+        "considered": result.considered, "layouts": [to_dict(found) for found in result.ranked],
+    }  # fmt: skip
+    return Answer(table(result), data, bool(result.ranked))
+
+
+def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
+    """The machine that is meant, with what the wish says otherwise of it.
+
+    Args:
+        ranks: to measure with, if it is this one.
+    """
+    if wish.machine == "this":
+        alone = replace(run.train, batch_size=0, zero=0, schedule="1f1b", sequence_parallel=False, recompute="none")
+        gpus = torch.cuda.device_count()
+        machine = calibrated(resolve(replace(run, layout="1", train=alone), gpus=gpus), ranks, wish.measure)
+    elif wish.measure:
+        raise ConfigError(f"--measure measures this machine, and --machine {wish.machine} asks for another")
+    else:
+        machine = find_machine(wish.machine)
+    if wish.memory_gib:
+        machine = replace(machine, memory=wish.memory_gib * GIB)
+    if wish.ranks_per_host:
+        machine = replace(machine, ranks_per_host=wish.ranks_per_host)
+    if wish.link_gb_s:
+        machine = replace(machine, inside=_faster(machine.inside, wish.link_gb_s))
+    if wish.host_link_gb_s:
+        machine = replace(machine, across=_faster(machine.across or machine.inside, wish.host_link_gb_s))
+    return machine
+
+
+def _faster(links: Any, gb_s: float) -> dict[str, Link]:
+    return {name: replace(link, bandwidth=gb_s * 1e9) for name, link in links.items()}
+
+
+def _one(found: Prediction, machine: Machine) -> RenderableType:
+    """One layout: where its seconds go, its memory, its bytes."""
+    verdict = "fits" if found.fits else "does NOT fit"
+    speed = f"{found.seconds:.4g} s a step, {found.tokens_per_second:,.0f} tokens/s"
+    title = f"{found.run.layout} {settings(found.run)}: {speed}"
+    seconds = Table(title=title, title_justify="left")
+    memory = Table(title=f"{verdict} into {bytes_text(machine.memory)} of {machine.name}", title_justify="left")
+    sent = Table(title="a rank sends in one step", title_justify="left")
+    for out, unit in ((seconds, "seconds"), (memory, "bytes"), (sent, "bytes")):
+        out.add_column("")
+        out.add_column(unit, justify="right")
+    for name, value in found.parts.items():
+        seconds.add_row(name, f"{value:.4g}")
+    for name, size in [*found.memory.items(), ("all", found.memory_bytes)]:
+        memory.add_row(name, bytes_text(size))
+    for axis, count in by_axis(found).items():
+        sent.add_row(axis, f"{count:,}")
+    return Group(seconds, memory, sent)

@@ -1,0 +1,308 @@
+"""The planner: what it predicts against what was measured, what it lists, and what a machine is."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from picotron_mini.calibrate import solve, with_bucket
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig
+from picotron_mini.legality import resolve
+from picotron_mini.mesh import Mesh
+from picotron_mini.parallel.activations import layer_bytes, share_of
+from picotron_mini.parallel.machine import MACHINES, Link, Machine, exposed, find_machine, from_json, to_json
+from picotron_mini.parallel.messages import best_bucket, crosses_hosts
+from picotron_mini.parallel.parallelize import parallelize
+from picotron_mini.parallel.plan import by_axis, meshes, plan, settings, table, to_dict
+from picotron_mini.parallel.predict import most_live, predict
+from picotron_mini.parallel.schedules import find_schedule
+from picotron_mini.presets import preset
+from picotron_mini.training.optimizer import make_optimizer
+from picotron_mini.training.step import train_step
+from picotron_mini.verify import make_batches
+
+H100 = MACHINES["h100"]
+MODEL = ModelConfig(vocab_size=300, hidden_size=64, intermediate_size=176, num_layers=4, num_heads=4, num_kv_heads=2)
+TRAIN = TrainConfig(seq_len=64, batch_size=8, micro_batch_size=2, device="cpu")
+
+
+def resolved(layout: str, model: ModelConfig = MODEL, **train: Any) -> RunConfig:
+    return resolve(RunConfig(layout=layout, model=model, train=replace(TRAIN, **train)), gpus=10**6)
+
+
+# --- against measurements ---------------------------------------------------------------------------------
+
+
+def measured_on_one_h100() -> list[tuple[int, int, dict[str, Any], float, float]]:
+    """Micro-batch, number of them, settings, tokens a second and GiB of each row of the log."""
+    log = Path(__file__).parents[2] / "summary" / "01_model_and_its_costs_gpu.log"
+    row = re.compile(r"^bench dp=1 (\d+) x (\d+) \{(.*)\}: ([\d,]+) tokens/s per GPU, .* peak ([\d.]+) GiB", re.M)
+    out = []
+    for size, number, words, speed, peak in row.findall(log.read_text(encoding="utf-8", errors="replace")):
+        pairs = dict(re.findall(r"'(\w+)': '?(\w+)'?", words))
+        kw = {name: int(value) if value.isdigit() else value for name, value in pairs.items()}
+        out.append((int(size), int(number), kw, float(speed.replace(",", "")), float(peak)))
+    assert len(out) >= 8
+    return out
+
+
+@pytest.mark.parametrize("row", measured_on_one_h100(), ids=str)
+def test_the_preset_meets_the_rows_that_it_was_made_from(row: tuple[int, int, dict[str, Any], float, float]) -> None:
+    size, number, kw, speed, peak = row
+    run = preset("bench")
+    run = replace(run, train=replace(run.train, micro_batch_size=size, micro_batches=number, **kw))
+    found = predict(resolve(run, gpus=1), H100)
+    assert found.tokens_per_second == pytest.approx(speed, rel=0.05)
+    assert found.memory_bytes / 2**30 == pytest.approx(peak, rel=0.05)
+    assert sum(found.parts.values()) == pytest.approx(found.seconds)
+
+
+def peak_of_real_steps(run: RunConfig) -> int:
+    """What the allocator had handed out at most, from building the model to the end of the second step."""
+    batch = make_batches(replace(run, train=replace(run.train, steps=1)))[0]
+    size = run.train.micro_batch_size
+    fields = (batch.tokens, batch.targets, batch.positions, batch.documents)
+    parts = [type(batch)(*(x[i : i + size] for x in fields)) for i in range(0, run.train.batch_size, size)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        parallel = parallelize(run, Mesh(MeshShape(), 0), torch.device("cpu"))
+        optimizer = make_optimizer(parallel.trained, run.train)
+        for _ in range(2):
+            train_step(parallel, optimizer, parts)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {}, {"micro_batch_size": 4}, {"recompute": "full"}, {"recompute": "selective"}, {"loss_chunks": 4},
+        {"micro_batch_size": 8, "recompute": "full", "loss_chunks": 8}, {"optimizer": "sgd"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_memory_of_a_real_step(train: dict[str, Any]) -> None:
+    run = resolved("dp=1", **train)
+    assert predict(run, H100).memory_bytes == pytest.approx(peak_of_real_steps(run), rel=0.1)
+
+
+def test_memory_of_a_real_step_with_a_large_vocabulary_of_its_own_head() -> None:
+    run = resolved("dp=1", replace(MODEL, vocab_size=4000, tie_embeddings=False))
+    assert predict(run, H100).memory_bytes == pytest.approx(peak_of_real_steps(run), rel=0.1)
+
+
+# --- formulas ---------------------------------------------------------------------------------------------
+
+
+def test_the_rates_behind_times_are_found() -> None:
+    rates = [2e-12, 5e-11, 3e-10]
+    rows = [[1e9 * a, 1e7 * b, c] for a in (1, 4) for b in (1, 9) for c in (1, 3e6)]
+    times = [sum(r * x for r, x in zip(rates, row, strict=True)) for row in rows]
+    assert solve(rows, times) == pytest.approx(rates)
+
+
+def test_no_rate_is_below_zero() -> None:
+    """The second column would help if it could be taken off."""
+    found = solve([[1, 1], [2, 3], [3, 5]], [1.0, 1.9, 2.8])
+    assert found[0] > 0 and found[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("operation", "wire"), [("all_reduce", 150), ("reduce_scatter", 75), ("all_gather", 300), ("send", 100)]
+)
+def test_what_a_ring_of_four_carries(operation: str, wire: float) -> None:
+    machine = replace(H100, inside={"": Link(1.0, 10.0)}, across={"": Link(3.0, 1.0)})
+    assert machine.seconds(operation, 100, 4, across=False, messages=5) == 5 * 2 * 1.0 + wire / 10
+    assert machine.seconds(operation, 100, 4, across=True) == 2 * 3.0 + wire
+    assert machine.seconds(operation, 100, 1, across=False) == 0
+
+
+def test_what_hides() -> None:
+    assert exposed(10, cover=4, overlap=1) == 6
+    assert exposed(10, cover=40, overlap=0.75) == 2.5
+    assert exposed(10, cover=40, overlap=0) == 10
+
+
+def test_nvlink_meets_the_measured_bandwidths() -> None:
+    for size, bus in ((2**20, 16e9), (25 * 2**20, 175e9), (2**28, 284e9), (2**30, 325e9)):
+        assert size / H100.seconds("all_reduce", size, 2, across=False) == pytest.approx(bus, rel=0.16)
+
+
+def test_which_axes_cross_hosts() -> None:
+    mesh = MeshShape(pp=2, dp=4, cp=1, tp=4)
+    assert [axis for axis in ("tp", "cp", "dp", "pp", "world") if crosses_hosts(mesh, axis, H100)] == [
+        "dp", "pp", "world",
+    ]  # fmt: skip
+    assert not crosses_hosts(mesh, "dp", H100, group=2)
+
+
+def test_a_share_of_one_is_the_whole_layer() -> None:
+    from picotron_mini.model.costs import layer_activation_bytes
+
+    run = resolved("dp=1")
+    for width in (2, 4, 8):
+        whole = layer_activation_bytes(run.model, width)
+        assert layer_bytes(share_of(run.model, 1), width, False, 7, 7) == 7 * whole
+        assert layer_bytes(share_of(run.model, 2), width, False, 7, 7) < 7 * whole
+
+
+def test_most_live() -> None:
+    assert [most_live(find_schedule("1f1b")(s, 4, 8)) for s in range(4)] == [4, 3, 2, 1]
+    assert most_live(find_schedule("afab")(2, 4, 8)) == 8
+
+
+def test_the_clock_is_the_quick_estimate_where_stages_are_equal() -> None:
+    model = replace(MODEL, num_layers=8, vocab_size=2, tie_embeddings=False)
+    machine = replace(H100, inside={"": Link(0.0, 1e18)})
+    for schedule in ("1f1b", "afab", "interleaved", "zb-h1"):
+        run = resolved("pp=2", model, micro_batch_size=1, schedule=schedule)
+        assert predict(run, machine, clock=False).seconds == pytest.approx(predict(run, machine).seconds, rel=0.1)
+
+
+def test_a_layout_that_saves_memory_is_predicted_to() -> None:
+    plain = predict(resolved("dp=4", optimizer="adamw", micro_batch_size=1), H100)
+    for stage in (1, 2, 3):
+        found = predict(resolved("dp=4", micro_batch_size=1, zero=stage), H100)
+        assert found.memory["optimizer"] < 0.3 * plain.memory["optimizer"]
+        assert (found.memory["weights"] < 0.3 * plain.memory["weights"]) == (stage == 3)
+    again = predict(resolved("dp=4", micro_batch_size=1, recompute="full"), H100)
+    assert again.memory["activations"] < plain.memory["activations"] and again.seconds > plain.seconds
+
+
+# --- the list ---------------------------------------------------------------------------------------------
+
+
+def test_every_mesh_once() -> None:
+    assert len(meshes(8)) == len(set(meshes(8))) == 20  # 2^3 into four factors
+    assert all(mesh.world_size == 12 for mesh in meshes(12))
+
+
+def test_the_list_is_ranked_legal_and_at_the_same_work() -> None:
+    result = plan(RunConfig(model=MODEL, train=TRAIN), 4, H100)
+    seconds = [found.seconds for found in result.ranked]
+    assert seconds == sorted(seconds) and len(seconds) > 20
+    for found in result.ranked:
+        assert found.run == resolve(found.run, gpus=4)
+        assert found.run.mesh.world_size == 4 and found.run.train.batch_size == 8
+    assert {"dp=4", "tp=2,pp=2", "dp=2,cp=2", "dp=2,tp=2"} <= {found.run.layout for found in result.ranked}
+    assert all(found.run.train.recompute == "none" for found in result.ranked)  # nothing forces it
+
+
+def test_memory_is_saved_only_where_it_must_be() -> None:
+    bench = preset("bench")
+    run = replace(bench, train=replace(bench.train, batch_size=64, micro_batch_size=0, micro_batches=0))
+    roomy, tight = plan(run, 8, H100), plan(run, 8, replace(H100, memory=9 * 2**30))
+    assert {found.run.train.zero for found in roomy.ranked} <= {0, 1}
+    assert all(found.memory_bytes <= 9 * 2**30 for found in tight.ranked)
+    assert any(found.run.train.zero > 1 or found.run.train.recompute != "none" for found in tight.ranked)
+    assert tight.ranked[0].seconds > roomy.ranked[0].seconds
+    nothing = plan(run, 8, replace(H100, memory=2**20))
+    assert not nothing.ranked and nothing.smallest is not None and not nothing.smallest.fits
+
+
+def test_slow_links_change_the_order() -> None:
+    run = RunConfig(model=replace(MODEL, num_heads=8, num_kv_heads=8), train=TRAIN)
+    fast = replace(H100, inside={"": Link(0.0, 1e15)}, overlap=0.0)
+    slow = replace(H100, inside={"": Link(0.0, 1e6)}, overlap=0.0)
+
+    def of(machine: Machine, layout: str) -> int:
+        return next(i for i, found in enumerate(plan(run, 2, machine).ranked) if found.run.layout == layout)
+
+    assert of(fast, "tp=2") < of(fast, "pp=2")  # no bubble
+    assert of(slow, "tp=2") > of(slow, "pp=2")  # four messages a layer against one a stage
+
+
+def test_no_layer_talks_across_hosts() -> None:
+    result = plan(
+        RunConfig(model=replace(MODEL, num_heads=8, num_kv_heads=8), train=TRAIN), 4, replace(H100, ranks_per_host=2)
+    )
+    assert max(found.run.mesh.tp * found.run.mesh.cp for found in result.ranked) == 2
+
+
+def test_a_thousand_ranks_are_planned_in_seconds() -> None:
+    model = ModelConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32, num_kv_heads=8,
+        tie_embeddings=False,
+    )  # fmt: skip
+    train = TrainConfig(seq_len=8192, batch_size=1024, dtype="bfloat16", compile=True, device="cuda")
+    start = time.monotonic()
+    result = plan(RunConfig(model=model, train=train), 1024, MACHINES["h100-cluster"])
+    assert result.considered > 500 and result.ranked
+    assert time.monotonic() - start < 300  # a tenth of it on an idle machine
+
+
+def test_says_why_nothing_is_legal() -> None:
+    with pytest.raises(ConfigError, match="batch_size=8 does not split over dp=7"):
+        plan(RunConfig(model=MODEL, train=TRAIN), 7, H100)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------
+
+
+def test_plain_data_and_table_agree() -> None:
+    result = plan(RunConfig(model=MODEL, train=TRAIN), 2, H100)
+    best = to_dict(result.ranked[0])
+    assert best["memory_bytes"] == sum(best["memory"].values())
+    assert best["bytes"] == by_axis(result.ranked[0])
+    assert settings(result.ranked[0].run) in " ".join(str(cell) for cell in table(result).columns[1].cells)
+    assert len(list(table(result, rows=3).rows)) == 3
+
+
+def test_a_machine_survives_its_file(tmp_path: Path) -> None:
+    machine = MACHINES["h100-cluster"]
+    assert from_json(to_json(machine)) == machine
+    path = tmp_path / "machine.json"
+    path.write_text(to_json(machine))
+    assert find_machine(str(path)) == machine
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="neither a preset"):
+        find_machine(str(path))
+    with pytest.raises(ConfigError, match="h100, h100-cluster"):
+        find_machine("h1000")
+
+
+# --- buckets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("latency", "bandwidth", "size"), [(3e-4, 1e9, 25e6), (7e-5, 332e9, 7.25e9)])
+def test_no_bucket_costs_less_than_the_best(latency: float, bandwidth: float, size: float) -> None:
+    def cost(bucket: float) -> float:
+        return latency * size / bucket + bucket / bandwidth
+
+    best = best_bucket(size, Link(latency, bandwidth), 2)  # of 2 ranks a ring carries just the payload
+    assert 1e6 < best < size
+    assert cost(best) < min(cost(1.1 * best), cost(best / 1.1))
+
+
+def test_small_gradients_are_one_bucket() -> None:
+    assert best_bucket(1e4, Link(1e-3, 1e9), 4) == 1e4
+
+
+@pytest.mark.slow
+def test_the_bucket_is_chosen_from_this_machine(tmp_path: Path) -> None:
+    run = RunConfig(
+        layout="dp=2", out=str(tmp_path), model=MODEL, train=replace(TRAIN, micro_batch_size=4, bucket_mb=0)
+    )
+    chosen = with_bucket(run, gpus=0)
+    size = 4 * 4 * 64 * 176  # bytes of more than one weight, less than all
+    assert size / 2**20 / 10 < chosen.train.bucket_mb < 25
+    assert replace(chosen, train=replace(chosen.train, bucket_mb=0)) == run  # and nothing else
+    assert list((tmp_path / ".cache").iterdir())  # measured once
+    assert with_bucket(run, gpus=0) == chosen
+    assert with_bucket(chosen, gpus=0) is chosen
+
+
+def test_ranks_of_torchrun_do_not_each_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(ConfigError, match="give it a number"):
+        with_bucket(RunConfig(layout="dp=2", model=MODEL, train=replace(TRAIN, bucket_mb=0)), gpus=0)
