@@ -56,7 +56,7 @@ def specialisation(model: GPT, rows: Tensor, decode: Callable[[int], str], batch
         decode: the text of one token.
 
     Returns:
-        Plain data: the kinds, for each layer the counts [E][kinds], the information in bits, and the number that chance
+        Plain data: the kinds, for each layer the counts [E, kinds], the information in bits, and the number that chance
         alone would show.
     """
     assert model.config.moe is not None
