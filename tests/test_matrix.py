@@ -325,7 +325,7 @@ def test_a_layout_that_is_trained_twice_gives_the_same_bits() -> None:
         first, second = (launch(_jobs_on_rank, jobs, None, world_size=4, output="hide") for _ in range(2))
         for rank, (mine, other) in enumerate(zip(first, second, strict=True)):
             for run, one, two in zip(runs, mine, other, strict=True):
-                for (snapshots, sent), (again, sent_again) in zip(one, two, strict=True):
+                for (snapshots, sent, *_), (again, sent_again, *_) in zip(one, two, strict=True):
                     assert sent == sent_again
                     for a, b in zip(snapshots, again, strict=True):
                         assert (a.loss, a.grad_norm) == (b.loss, b.grad_norm)

@@ -67,6 +67,7 @@ EXHIBITS = [
         killed_on=("dp=2,ep=2", "dp=4,ep=2"),
         survives_on=("dp=2",),
         model=MIXTURE,
+        crashes=True,
     ),
     Exhibit(
         id="08.experts_summed_over_dp",

@@ -48,6 +48,22 @@ def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: ob
     return result
 
 
+def several(gpus: int) -> list[tuple[str, int, int, dict[str, object]]]:
+    """Layouts over all GPUs: micro-batch size, their number, settings. A zero-bubble schedule does not compile."""
+    dp, tp, pp, cp = (f"{axis}={gpus}" for axis in ("dp", "tp", "pp", "cp"))
+    sequence = {"sequence_parallel": True}
+    return [
+        *((dp, 4, 4, {"zero": zero, "compile": zero < 3}) for zero in (1, 2, 3)),
+        *((tp, 4, 4, {**sequence, "tensor_overlap": parts}) for parts in (1, 2, 4)),
+        (pp, 4, 8, {}),
+        (pp, 4, 8, {"schedule": "interleaved"}),
+        (pp, 4, 8, {"schedule": "zb-h1", "compile": False}),
+        (pp, 4, 8, {"schedule": "zb-v", "compile": False}),
+        *((cp, 1, 4, {"seq_len": 4096, "context": context}) for context in ("ring", "ulysses")),
+        (cp, 1, 1, {"seq_len": 32768, "recompute": "full"}),
+    ]
+
+
 def main() -> None:
     gpus, quick = torch.cuda.device_count(), "--quick" in sys.argv
     if not gpus:
@@ -67,6 +83,11 @@ def main() -> None:
     for micro_batch_size, micro_batches in sizes:
         for layout in layouts:
             results.append(measured(layout, micro_batch_size, micro_batches))
+    for layout, micro_batch_size, micro_batches, settings in several(gpus) if gpus > 1 else []:
+        fast = {**settings, "dtype": "bfloat16"}
+        small = {name: value for name, value in settings.items() if name not in ("seq_len", "compile")}
+        results.append(verified(layout, dtype="float32", micro_batches=2 * gpus, **small))
+        results.append(measured(layout, micro_batch_size, micro_batches, **fast))
     both = {"recompute": "full", "loss_chunks": 8}
     memory = [(4, 4, {"loss_chunks": 8}), (4, 4, {"recompute": "full"}), (4, 4, both)]
     memory += [(4, 4, {**more, "masters": masters}) for masters in ("split", "none") for more in ({}, both)]
