@@ -47,8 +47,8 @@ def two_numberings() -> None:
 def summed_over_dp_only() -> None:
     """Gradients are summed over dp, as they always were, and not over cp."""
 
-    def buckets(parameters: Iterable[nn.Parameter], axis: Axis, size: float) -> GradientBuckets:
-        return GradientBuckets(parameters, _dp_of(axis), size)
+    def buckets(parameters: Iterable[nn.Parameter], axis: Axis, size: float, reduce: Any = None) -> GradientBuckets:
+        return GradientBuckets(parameters, _dp_of(axis), size, reduce)
 
     parallelize.GradientBuckets = buckets
 
