@@ -764,8 +764,10 @@ print(inspect.getsource(partial._exchange))
 # wants an activation. If both wait for their own send to be taken before they receive, nobody ever receives.
 #
 # On GPUs there is a subtler form of the same. NCCL runs the messages of one process group one after the other, in the
-# order in which the program asked for them. Our executor asks early for what the next action needs, so that it can
-# travel while this one computes. This function decides that: for each action the list of receives to start before it.
+# order in which the program asked for them. Left alone, our executor asks early for what the next action needs, so that
+# it can travel while this one computes. (Training gives it an order on which all stages agree;
+# [receives.py](../picotron_mini/parallel/receives.py) says why.) This function decides what is early: for each action
+# the list of receives to start before it.
 # `route.needs` gives the message that an action starts from (none at the pipeline's ends), `m.kind` its direction,
 # "forward" or "backward", and `opened` are the directions in which a message has been asked for at all.
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 
 from .config import AXES, MeshShape
@@ -136,8 +135,6 @@ class Mesh:
                     group = dist.group.WORLD if everyone else dist.new_group(list(axis.ranks))
                     assert group is not None
                     GROUPS[axis.key] = group
-        for name in ("pp", "pp.backward"):
-            _connect(mesh[name])
         return mesh
 
     def __getitem__(self, name: str) -> Axis:
@@ -184,24 +181,6 @@ class Mesh:
                 GROUPS[axis.key] = group
         inside, across = (axis for rank, axis in axes if rank == self.rank)
         return inside, across
-
-
-def _connect(axis: Axis) -> None:
-    """Let NCCL make its connections between neighbours now; gloo has them.
-
-    NCCL makes one for two ranks when they first send to each other, and that waits for the GPU. In a pipeline the first
-    gradient is sent while an activation already waits there for its receiver, who waits for the connection: for ever.
-    """
-    if axis.size == 1 or dist.get_backend(axis.group) != "nccl":
-        return
-    token = torch.zeros(1, device="cuda")
-    for lower in range(axis.size):  # also the last and the first: with virtual stages, or a tied embedding
-        upper = (lower + 1) % axis.size
-        if axis.index == lower:
-            dist.send(token, axis.ranks[upper], group=axis.group)
-        elif axis.index == upper:
-            dist.recv(token, axis.ranks[lower], group=axis.group)
-    torch.cuda.synchronize()
 
 
 def close_groups() -> None:

@@ -8,7 +8,7 @@ behind it, for which the sender of that receive may wait. On a ring of two stage
 
 Nothing moves. On a line this cannot happen, since all messages of a group go one way and nothing comes back: there a
 stage may receive for its next action, in its own order (`receives_in_own_order`), and the neighbours' orders agree
-because all go through the micro-batches in order. But on a GPU a receive that waits can hold up its whole process: a
+because all go through the micro-batches in order. But on a GPU a receive that waits may hold up its whole process: a
 kernel that runs for the first time is loaded, and memory is taken, only when the GPU has nothing else to finish. Two
 neighbours that each receive ahead then wait for each other on a line as well.
 

@@ -181,10 +181,12 @@ def test_a_frozen_router_or_no_loss_at_all_is_no_error() -> None:
         model, config = made(**moe)
         tokens = torch.randint(31, (B, T))
         model.loss(model(tokens, pool=Pool(observe=Balance(config, B * T, B * T).observe)), tokens).backward()
+        assert all(gradient.isfinite().all() for gradient in gradients(model).values())
     model, config = made()
     model.requires_grad_(False)
     model.layers["1"].get_parameter("mlp.experts.up").requires_grad_()
     model.loss(model(tokens, pool=Pool(observe=Balance(config, B * T, B * T).observe)), tokens).backward()
+    assert list(gradients(model)) == ["layers.1.mlp.experts.up"]
 
 
 # --- bias only --------------------------------------------------------------------------------------------

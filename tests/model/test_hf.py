@@ -1,7 +1,6 @@
 """Our model against `transformers`' own, both ways, in float64; and what a folder must hold to be read."""
 
 import json
-import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,25 +17,7 @@ from picotron_mini.model.gpt import GPT, init_weights
 from picotron_mini.model.hf import hf_name, load_hf, save_hf
 from picotron_mini.model.hf_config import config_from_hf, config_to_hf
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 SMALL = ModelConfig(vocab_size=29, hidden_size=24, intermediate_size=20, num_layers=2, num_heads=4, head_dim=6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def widened(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """transformers, with its casts to float32 turned into casts to float64: without them the two agree to 1e-7 only."""
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    return transformers
 
 
 def random_config(seed: int) -> ModelConfig:

@@ -84,10 +84,9 @@ def main() -> None:
         for layout in layouts:
             results.append(measured(layout, micro_batch_size, micro_batches))
     for layout, micro_batch_size, micro_batches, settings in several(gpus) if gpus > 1 else []:
-        fast = {**settings, "dtype": "bfloat16"}
         small = {name: value for name, value in settings.items() if name not in ("seq_len", "compile")}
         results.append(verified(layout, dtype="float32", micro_batches=2 * gpus, **small))
-        results.append(measured(layout, micro_batch_size, micro_batches, **fast))
+        results.append(measured(layout, micro_batch_size, micro_batches, **settings))
     both = {"recompute": "full", "loss_chunks": 8}
     memory = [(4, 4, {"loss_chunks": 8}), (4, 4, {"recompute": "full"}), (4, 4, both)]
     memory += [(4, 4, {**more, "masters": masters}) for masters in ("split", "none") for more in ({}, both)]
