@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -38,6 +39,8 @@ from .parallel.machine import MACHINES, Link, Machine, from_json, to_json, wire_
 from .parallel.messages import best_bucket
 from .parallel.parallelize import layout_of
 
+FREE = 1e30  # a rate that the fit found to cost nothing beside the others
+
 
 def calibrated(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
     """This machine for a run, from its file, or measured now and kept.
@@ -50,6 +53,7 @@ def calibrated(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
     path = Path(run.out) / ".cache" / f"machine-{_fingerprint(run, ranks)}.json"
     if path.exists() and not anew:
         return from_json(path.read_text(encoding="utf-8"))
+    print("measuring this machine, up to a minute or two ...", file=sys.stderr, flush=True)
     machine = calibrate(run, ranks)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(machine), encoding="utf-8")
@@ -82,7 +86,8 @@ def with_bucket(run: RunConfig, gpus: int) -> RunConfig:
     alone = resolve(replace(probe, layout="1", train=train), gpus=gpus)
     machine = calibrated(alone, min(ranks, gpus or os.cpu_count() or 1))
     layout, index = layout_of(probe), coordinates(probe.mesh, 0)
-    size = footprint(replace(probe, train=replace(probe.train, zero=0, zero_group=0)), layout, index).gradients
+    plain = replace(probe, train=replace(probe.train, zero=0, zero_group=0, compress="none"))
+    size = footprint(plain, layout, index).gradients
     link = machine.inside.get("all_reduce") or machine.inside[""]
     return replace(run, train=replace(run.train, bucket_mb=best_bucket(size, link, ranks) / 2**20))
 
@@ -139,7 +144,13 @@ def calibrate(run: RunConfig, ranks: int) -> Machine:
 
 
 def _rate(seconds: float) -> float:
-    return 1 / seconds if seconds > 0 else 1e30  # the fit found that this part costs nothing beside the others
+    return 1 / seconds if seconds > 0 else FREE
+
+
+def unknown_rates(machine: Machine) -> list[str]:
+    """The rates that the fit could not tell apart from the others; their times are in those."""
+    names = ("product_flops", "attention_flops", "activation_bandwidth")
+    return [name for name in names if getattr(machine, name) >= FREE]
 
 
 def _host_memory() -> float:

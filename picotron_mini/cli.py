@@ -350,7 +350,7 @@ def plan_command(args: list[str]) -> int:
         run = replace(run, layout="auto")  # a preset's or a file's is only one of those to be compared
     found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}))
     if wanted.json:
-        print(json.dumps(found.data))
+        print(json.dumps(found.data, allow_nan=False))
     else:
         _print(found.shown)
     return 0 if found.ok else 1
@@ -367,7 +367,7 @@ def bench_command(args: list[str]) -> int:
     if not first_rank():
         return 0
     if wanted.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
         _print(table(result))
     return 0

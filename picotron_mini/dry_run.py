@@ -125,6 +125,7 @@ def held_bytes(parallel: Parallel, optimizer: torch.optim.Optimizer) -> int:
     for reducer in gradients.reducers if isinstance(gradients, Several) else [gradients]:
         if isinstance(reducer, GradientBuckets):
             held += [bucket.buffer for bucket in reducer.buckets]
+            held += getattr(reducer.reduce, "owed", {}).values()  # what compression has not sent yet
         else:
             held += [tensor for bucket in reducer.buckets for tensor in (bucket.shard, bucket.whole)]
     held += [value for state in optimizer.state.values() for value in state.values()]

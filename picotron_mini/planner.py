@@ -16,8 +16,8 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .calibrate import calibrated
-from .config import ConfigError, RunConfig
+from .calibrate import calibrated, unknown_rates
+from .config import ConfigError, RunConfig, UserError
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
 from .legality import resolve
@@ -63,6 +63,15 @@ def answer(run: RunConfig, wish: Wish) -> Answer:
         raise ConfigError(
             "plan does not predict mixtures of experts yet; `describe` says where they live, `bench` measures them"
         )
+    if run.train.tensor_overlap > 1 and not wish.dry_run:
+        raise ConfigError(
+            f"plan does not predict what tensor_overlap={run.train.tensor_overlap} hides; leave it out, or measure it "
+            "with `bench`"
+        )
+    for name, value in (("memory_gib", wish.memory_gib), ("link_gb_s", wish.link_gb_s),
+                        ("host_link_gb_s", wish.host_link_gb_s), ("ranks_per_host", wish.ranks_per_host)):  # fmt: skip
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"{name}={value} must be a number above 0, or 0 for the machine's own")
     known = "" if run.layout == "auto" else run.layout
     if wish.dry_run and not known:
         raise ConfigError("--dry-run rehearses one layout; name it, as dp=16,tp=8,pp=8")
@@ -109,6 +118,11 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
         alone = replace(run.train, batch_size=0, zero=0, schedule="1f1b", sequence_parallel=False, recompute="none")
         gpus = torch.cuda.device_count()
         machine = calibrated(resolve(replace(run, layout="1", train=alone), gpus=gpus), ranks, wish.measure)
+        if unknown := unknown_rates(machine):
+            raise UserError(
+                f"{' and '.join(unknown)} could not be told apart from what else takes time: other programs may be "
+                "using this machine. Try again with --measure when it is quiet, or take one that is known: --machine h100"
+            )
     elif wish.measure:
         raise ConfigError(f"--measure measures this machine, and --machine {wish.machine} asks for another")
     else:

@@ -45,6 +45,7 @@ def resolved(layout: str, model: ModelConfig = MODEL, **train: Any) -> RunConfig
         ("cp=2,tp=2", {"context": "ulysses", "document_mask": True}),
         ("pp=4", {"schedule": "zb-v", "micro_batches": 4}),
         ("dp=2,tp=2", {"freeze": ("embed", "layers.0")}),
+        ("dp=2", {"compress": "topk"}),
     ],
 )
 def test_agrees_with_the_prediction(layout: str, train: dict[str, Any]) -> None:

@@ -68,7 +68,8 @@ def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footp
         gradients = wide * (rest * (1 + whole_too[0]) + experts * (1 + whole_too[1]))
         weights = itemsize * (sum(columns.values()) if train.zero == 3 else whole)
     else:
-        gradients, weights = wide * (state + len(trained)), itemsize * whole
+        owed = state if train.compress == "topk" else 0  # what error feedback has not sent yet
+        gradients, weights = wide * (state + owed + len(trained)), itemsize * whole
     return Footprint(
         weights=weights,
         gradients=gradients,

@@ -145,8 +145,18 @@ def to_json(machine: Machine) -> str:
 
 
 def from_json(text: str) -> Machine:
-    """What `to_json` wrote."""
+    """What `to_json` wrote.
+
+    Raises:
+        ValueError, TypeError, KeyError: the text is something else, or a number is none or below zero.
+    """
     values = json.loads(text)
+    links = [link for where in ("inside", "across") for link in values[where].values()]
+    for name, value in [item for group in (values, *links) for item in group.items()]:
+        if name not in ("name", "source", "inside", "across") and not (
+            isinstance(value, int | float) and 0 <= value < float("inf")
+        ):
+            raise ValueError(f"{name}={value!r} is not a number of 0 or above")
     for where in ("inside", "across"):
         values[where] = {name: Link(**link) for name, link in values[where].items()}
     return Machine(**values)

@@ -244,6 +244,8 @@ def _context(run: RunConfig, names: list[str], trained: set[str], tokens: int, f
     trade = (2 * tokens * model.num_heads // mesh.tp * head_dim + kv) * itemsize
     documents = 8 * tokens * train.document_mask
     out: Traffic = Counter()
+    if mesh.cp == 1:
+        return out
     for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
         own = [name for name in trained if name.startswith(f"layers.{layer}.")]
         flows = flows or int(layer) in _later_chunks(names)

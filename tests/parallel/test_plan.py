@@ -263,9 +263,10 @@ def test_a_machine_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     path.write_text(to_json(machine))
     assert find_machine(str(path)) == machine
-    path.write_text("{}")
-    with pytest.raises(ConfigError, match="neither a preset"):
-        find_machine(str(path))
+    for damaged in ("{}", to_json(replace(machine, memory=-1.0)), to_json(machine).replace("8,", '"8",')):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match="neither a preset"):
+            find_machine(str(path))
     with pytest.raises(ConfigError, match="h100, h100-cluster"):
         find_machine("h1000")
 
