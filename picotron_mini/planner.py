@@ -121,7 +121,7 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
         if unknown := unknown_rates(machine):
             raise UserError(
                 f"{' and '.join(unknown)} could not be told apart from what else takes time: other programs may be "
-                "using this machine. Try again with --measure when it is quiet, or take one that is known: --machine h100"
+                "using this machine. Try again with --measure when it is quiet, or take a known one: --machine h100"
             )
     elif wish.measure:
         raise ConfigError(f"--measure measures this machine, and --machine {wish.machine} asks for another")
