@@ -28,8 +28,9 @@
 # - move experts between ranks in the middle of a run without changing a bit;
 # - recognise seven bugs, of which hardly one crashes.
 #
-# You need chapters 00 (ranks and collectives), 01 (the model and its costs) and 03 (data parallel). All cells run
-# here, on real processes on your CPU. Reading and running takes about 60 minutes, with the exercises longer.
+# You need chapters 00 (ranks and collectives), 01 (the model and its costs), 03 (data parallel) and 06 (context
+# parallel), since experts are spread over the ranks of both. All cells run here, on real processes on your CPU.
+# Reading and running takes about 60 minutes, with the exercises longer.
 
 # %%
 import inspect

@@ -39,7 +39,7 @@ PLAN = (
     Chapter("05_pipeline_parallel", "Pipeline parallel", needs=("01", "03")),
     Chapter("06_context_parallel", "Context parallel", needs=("01", "03")),
     Chapter("07_3d_parallel", "3D parallel", needs=("04", "05", "06")),
-    Chapter("08_moe", "Mixture of experts", needs=("01", "03")),
+    Chapter("08_moe", "Mixture of experts", needs=("06",)),
 )
 
 

@@ -16,7 +16,6 @@ from picotron_mini.course.site.chapters import PLAN, Chapter
 
 PLACE = "<!-- reading order -->"
 WIDTH, BOX_W, BOX_H, ROW = 360, 116, 52, 92  # in units of which a phone shows about one a pixel
-BESIDE = 3  # boxes that fit in a row
 
 
 def reading_order(root: Path, plan: Sequence[Chapter] = PLAN) -> str:
@@ -56,10 +55,6 @@ def _positions(plan: Sequence[Chapter]) -> dict[str, tuple[float, float]]:
         if not chapter.needs:
             below = [depth[other.number] for other in plan if chapter.number in other.needs]
             depth[chapter.number] = min(below, default=1) - 1
-    for level in range(len(plan)):
-        row = [chapter for chapter in plan if depth[chapter.number] == level]
-        for chapter in row[BESIDE:]:
-            depth[chapter.number] += 1
     at: dict[str, tuple[float, float]] = {}
     for level in range(max(depth.values()) + 1):
         row = [chapter for chapter in plan if depth[chapter.number] == level]
