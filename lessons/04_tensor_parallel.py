@@ -959,6 +959,13 @@ assert amounts[4] > amounts[1] / 4 * 1.3
 # the second, and the norm runs between them, on a part of the tokens. Backward they change roles, as a conjugate pair
 # does: the gradient of gathering is a reduce_scatter, that of scattering an all_gather. (arXiv 2205.05198 calls them
 # $g$ and $\bar g$.)
+#
+# *Which* tokens are a rank's own? The first $T/n$ of every sequence for rank 0, one might say. But an all_gather puts
+# what it receives one rank behind the other, and in memory the tokens lie one *sequence* behind the other: so both
+# sides of every exchange would have to be put in order, by a copy. A norm does not ask which tokens it gets. So the
+# $BT$ tokens of the micro-batch are taken as one row, and each rank has one run of it: with four sequences and two
+# ranks the first two, and the last two. $[B, T/n, D]$ is then a number of rows in a handy shape, and a gathered
+# $[B, T, D]$ is in order as it arrives (`by_rows` above).
 
 # %% tags=["nbval-ignore-output"]
 for piece in (collectives._GatherFrom, collectives._ScatterTo):

@@ -46,7 +46,7 @@ def overlap(pair: nn.Module, enter: Sequence[str], leave: str, axis: Axis, parts
         pair: attention or MLP, its weights cut already.
         enter: names of the linear layers that take the pair's input, in the order in which it calls them.
         leave: name of the linear layer that makes its output.
-        sequence_parallel: input and output are [B, T/tp, D], not [B, T, D].
+        sequence_parallel: input and output are a rank's run of the tokens, [B, T/tp, D], not [B, T, D].
     """
     layers = [pair.get_submodule(name) for name in enter]
     ready: list[Tensor] = []  # what the layers of the entry have computed and not handed out
@@ -90,21 +90,20 @@ class _Enter(Function):
     @staticmethod
     def backward(ctx, _, *dys):  # type: ignore[no-untyped-def]
         x, *weights = ctx.saved_tensors
-        tokens = 0 if ctx.sequence_parallel else 1  # the dim of tokens in dx
-        dys = tuple(dy.movedim(1, tokens) for dy in dys)
-        dx = dys[0] @ weights[0]  # this rank's share: [B, T, D]; with sequence parallelism [T, B, D]
+        dys = tuple(dy.flatten(0, 1) for dy in dys)  # [B T, F] each
+        dx = dys[0] @ weights[0]  # this rank's share: [B T, D]
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx.view(-1, dx.shape[-1]).addmm_(dy.flatten(0, 1), weight)
+            dx.addmm_(dy, weight)
         total = dx
         if ctx.sequence_parallel:
-            total = dx.new_empty((dx.shape[0] // ctx.axis.size, *dx.shape[1:]))
+            total = dx.new_empty((dx.shape[0] // ctx.axis.size, dx.shape[1]))
             work = reduce_scatter_async(total, dx, ctx.axis)
         else:
             work = all_reduce_async(dx, ctx.axis)
-        wanted, x = ctx.needs_input_grad[4:], x.movedim(1, tokens)
+        wanted, batch, x = ctx.needs_input_grad[4:], len(x), x.flatten(0, 1)
         dws = [_weight_gradient(dy, x) if want else None for dy, want in zip(dys, wanted, strict=True)]
         work.wait()
-        return None, None, None, total.movedim(tokens, 1), *dws
+        return None, None, None, total.unflatten(0, (batch, -1)), *dws
 
 
 class _Leave(Function):
@@ -116,7 +115,7 @@ class _Leave(Function):
         ctx.axis, ctx.parts, ctx.sequence_parallel = axis, parts, sequence_parallel
         ctx.save_for_backward(h, weight)
         ranks = axis.size if sequence_parallel else 1
-        shares = h.movedim(1, 0).unflatten(0, (ranks, -1))  # [ranks, T/ranks, B, F]
+        shares = h.flatten(0, 1).unflatten(0, (ranks, -1))  # [ranks, B T/ranks, F]
         out, under_way = [], []
         for piece in _pieces(shares.shape[1], parts):
             y = F.linear(shares[:, piece].flatten(0, 1), weight)  # of each rank's tokens the same piece
@@ -124,7 +123,7 @@ class _Leave(Function):
             under_way.append(reduce_scatter_async(out[-1], y, axis) if sequence_parallel else all_reduce_async(y, axis))
         for work in under_way:
             work.wait()
-        return torch.cat(out).movedim(0, 1)
+        return torch.cat(out).unflatten(0, (len(h), -1))
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
@@ -133,27 +132,33 @@ class _Leave(Function):
             dy, (dh,) = _gather(dy, ctx.axis, ctx.parts, [weight.T])
         else:
             dh = dy @ weight
-        return None, None, None, dh, _weight_gradient(dy, h) if ctx.needs_input_grad[4] else None
+        return (
+            None,
+            None,
+            None,
+            dh,
+            (_weight_gradient(dy.flatten(0, 1), h.flatten(0, 1)) if ctx.needs_input_grad[4] else None),
+        )
 
 
 def _gather(x: Tensor, axis: Axis, parts: int, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """All ranks' tokens of x [B, T/tp, D] as [B, T, D], and its product with each weight [F, D], part by part."""
-    x = x.movedim(1, 0).contiguous()  # [T/tp, B, D]
-    pieces = _pieces(x.shape[0], parts)
-    buffers = [x.new_empty((axis.size, piece.stop - piece.start, *x.shape[1:])) for piece in pieces]
-    works = [all_gather_async(buffer, x[piece], axis) for buffer, piece in zip(buffers, pieces, strict=True)]
+    rows = x.flatten(0, 1)  # [B T/tp, D]
+    pieces = _pieces(len(rows), parts)
+    buffers = [x.new_empty((axis.size, piece.stop - piece.start, x.shape[2])) for piece in pieces]
+    works = [all_gather_async(buffer, rows[piece], axis) for buffer, piece in zip(buffers, pieces, strict=True)]
     products: list[list[Tensor]] = [[] for _ in weights]
     for buffer, work in zip(buffers, works, strict=True):
         work.wait()
         for product, weight in zip(products, weights, strict=True):
-            product.append(F.linear(buffer, weight))  # [tp, T/tp/parts, B, F]
-    whole, *wholes = (torch.cat(of, dim=1).flatten(0, 1).movedim(0, 1) for of in (buffers, *products))
+            product.append(F.linear(buffer, weight))  # [tp, B T/tp/parts, F]
+    whole, *wholes = (torch.cat(of, dim=1).view(len(x), -1, of[0].shape[2]) for of in (buffers, *products))
     return whole, wholes
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dW [F, D] of y = x W' from dy [.., .., F] and x [.., .., D]."""
-    return dy.flatten(0, 1).T @ x.flatten(0, 1)
+    """dW [F, D] of y = x W' from dy [B T, F] and x [B T, D]."""
+    return dy.T @ x
 
 
 def _pieces(tokens: int, parts: int) -> list[slice]:
