@@ -56,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import all_gather, all_reduce_max, copy_to, gather_from, reduce_from, scatter_to
+from ..collectives import all_gather, all_reduce_max, copy_to, gather_from, reduce_from, scatter_to, shard_size
 from ..layout import split
 from ..mesh import Axis
 from ..model.gpt import GPT, IGNORE, at_least_float32
@@ -106,10 +106,10 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, par
         return
 
     def enter(x: Tensor) -> Tensor:
-        return by_rows(gather_from, x, axis) if sequence_parallel else copy_to(x, axis)
+        return by_rows(gather_from, x, axis, parts) if sequence_parallel else copy_to(x, axis)
 
     def leave(x: Tensor) -> Tensor:
-        return by_rows(scatter_to, x, axis) if sequence_parallel else reduce_from(x, axis)
+        return by_rows(scatter_to, x, axis, parts, axis.size) if sequence_parallel else reduce_from(x, axis)
 
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
         dim = sharded_dim(name)
@@ -135,9 +135,23 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, par
     model.tie()
 
 
-def by_rows(exchange: Callable[[Tensor, Axis, int], Tensor], x: Tensor, axis: Axis) -> Tensor:
-    """An exchange along the rows [B T, D] of x [B, T, D], where nothing has to be put in order for it."""
-    return exchange(x.flatten(0, 1), axis, 0).unflatten(0, (len(x), -1))
+def by_rows(
+    exchange: Callable[[Tensor, Axis, int], Tensor], x: Tensor, axis: Axis, parts: int = 1, ranks: int = 1
+) -> Tensor:
+    """An exchange along the rows [B T, D] of x [B, T, D], where nothing has to be put in order for it.
+
+    Args:
+        exchange: `gather_from` or `scatter_to`.
+        parts: of the flattened tokens, of each of which a rank has a run (`overlap`).
+        ranks: of how many x holds the rows: one to gather, all to scatter.
+    """
+    rows = x.flatten(0, 1)
+    if parts == 1:  # without `cat`, and `split`, whose gradient is one: both copy
+        moved = exchange(rows, axis, 0)
+    else:
+        part = ranks * shard_size(len(rows) // ranks, parts)
+        moved = torch.cat([exchange(each, axis, 0) for each in rows.split(part)])
+    return moved.unflatten(0, (len(x), -1))
 
 
 class VocabParallelEmbedding(nn.Module):
