@@ -206,7 +206,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         for number, block in [item for chunk in chunks for item in chunk.layers.items()]:
             # how many rows an expert gets is known when it runs, so of such layers only the attention is compiled
             part = block.get_submodule("attention") if int(number) in config.moe_layers else block
-            part.forward = torch.compile(part.forward, fullgraph=train.tensor_overlap == 1)  # it is not traced
+            part.forward = torch.compile(part.forward, fullgraph=True)
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
