@@ -23,21 +23,26 @@ from .launch import launch
 from .legality import resolve
 from .mesh import Mesh
 from .model.costs import flops_per_token, parameters
+from .monitoring.exposed import profiled
 from .monitoring.metrics import memory_bytes
 from .monitoring.peak import peak_flops
 from .monitoring.units import bytes_text
 from .parallel.parallelize import parallelize
 from .training.optimizer import make_optimizer
-from .training.step import train_step
+from .training.step import settle, train_step
 
 
-def bench(run: RunConfig, warmup: int = 3) -> dict[str, Any]:
+def bench(run: RunConfig, warmup: int = 3, profile: bool = False) -> dict[str, Any]:
     """Measure `run.train.steps` steps after `warmup` steps. Under `torchrun` every rank calls it.
+
+    Args:
+        profile: run one more step under a profiler, and say how much communication was exposed (GPUs only).
 
     Returns:
         Plain data: layout, parameters, `tokens_per_second_per_rank`, `step_seconds` (all measured ones), `mfu` (None
         on the CPU), `peak_memory_bytes` of rank 0, `bytes_per_step` of rank 0, `matmul_tflops` of the machine (an
-        8192 x 8192 x 8192 bf16 product; None on the CPU), and the resolved settings that matter.
+        8192 x 8192 x 8192 bf16 product; None on the CPU), `exposed` of rank 0 (None without `profile`), and the
+        resolved settings that matter.
 
     Raises:
         ConfigError: it cannot run.
@@ -48,7 +53,9 @@ def bench(run: RunConfig, warmup: int = 3) -> dict[str, Any]:
     gpus = torch.cuda.device_count()
     run = resolve(with_bucket(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus), gpus=gpus)
     size, train = run.mesh.world_size, run.train
-    ranks = launch(_on_rank, run, warmup, world_size=size, device=train.device, timeout=None, output="hide")
+    if profile and train.device != "cuda":
+        raise ConfigError("a profile tells kernels of compute and communication apart, and only GPUs have both")
+    ranks = launch(_on_rank, run, warmup, profile, world_size=size, device=train.device, timeout=None, output="hide")
     seconds = ranks[0]["step_seconds"]
     speed = train.batch_size * train.seq_len / statistics.median(seconds) / size
     peak = ranks[0]["peak_flops"]
@@ -71,10 +78,11 @@ def bench(run: RunConfig, warmup: int = 3) -> dict[str, Any]:
         "bytes_per_step": ranks[0]["bytes_per_step"],
         "matmul_tflops": ranks[0]["matmul_tflops"],
         "step_seconds": seconds,
+        "exposed": ranks[0]["exposed"],
     }
 
 
-def _on_rank(run: RunConfig, warmup: int) -> dict[str, Any]:
+def _on_rank(run: RunConfig, warmup: int, profile: bool) -> dict[str, Any]:
     train, mesh = run.train, Mesh.build(run.mesh)
     cuda = train.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -85,7 +93,9 @@ def _on_rank(run: RunConfig, warmup: int) -> dict[str, Any]:
     optimizer = make_optimizer(parallel.trained, train)
     generator = torch.Generator().manual_seed(train.seed + mesh["dp"].index)
     seconds = []
-    for _ in range(warmup + train.steps):
+    for step in range(warmup + train.steps):
+        if step == warmup:
+            settle()
         batches = [_random(run, generator).to(device) for _ in range(train.micro_batches)]
         _wait(device)
         start = time.perf_counter()
@@ -93,6 +103,7 @@ def _on_rank(run: RunConfig, warmup: int) -> dict[str, Any]:
             result = train_step(parallel, optimizer, batches)
         _wait(device)
         seconds.append(time.perf_counter() - start)
+    exposed = profiled(lambda: train_step(parallel, optimizer, batches)).to_dict() if profile else None
     every: list[list[float]] = [[]] * mesh.shape.world_size
     dist.all_gather_object(every, seconds[warmup:])
     return {
@@ -103,6 +114,7 @@ def _on_rank(run: RunConfig, warmup: int) -> dict[str, Any]:
         "peak_flops": peak_flops(device),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "matmul_tflops": matmul,
+        "exposed": exposed,
     }
 
 
@@ -156,4 +168,10 @@ def table(result: dict[str, Any]) -> Table:
         out.add_row(f"sent each step: {name}", f"{number:,} bytes")
     if result["matmul_tflops"]:
         out.add_row("8192^3 bf16 product here", f"{result['matmul_tflops']:.0f} TFLOP/s")
+    if result.get("exposed"):
+        seen = result["exposed"]
+        for part in ("compute", "communication", "exposed", "idle"):
+            out.add_row(f"profiled step: {part}", f"{seen[part]:.3f} s ({100 * seen[part] / seen['step']:.1f} %)")
+        for name, seconds in seen["kernels"]:
+            out.add_row(f"    {name[:60]}", f"{seconds:.3f} s")
     return out

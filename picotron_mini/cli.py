@@ -53,6 +53,7 @@ class Bench(Run):
 
     json: bool = False  # print one JSON object instead of a table
     warmup: int = 3  # steps before the measured ones
+    profile: bool = False  # one more step under a profiler: how much communication is waited for (GPUs)
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,7 @@ def bench_command(args: list[str]) -> int:
     from .launch import first_rank
 
     begin()
-    result = bench(wanted.run, wanted.warmup)
+    result = bench(wanted.run, wanted.warmup, wanted.profile)
     if not first_rank():
         return 0
     if wanted.json:

@@ -16,6 +16,7 @@ from picotron_mini.config import RunConfig, TrainConfig
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import coordinates
 from picotron_mini.model.costs import parameters
+from picotron_mini.monitoring.exposed import Exposed
 from picotron_mini.parallel.parallelize import layout_of
 from picotron_mini.parallel.traffic import predict_step
 
@@ -90,10 +91,22 @@ def test_the_table_of_a_gpu() -> None:
         "layout": "dp=1", "device": "H", "torch": "2", "parameters": 1234567, "tokens_per_second_per_rank": 45678.4,
         "step_seconds": [0.3, 0.1, 0.2], "mfu": 0.421, "peak_memory_bytes": 3 << 30, "bytes_per_step": {"dp x": 9000},
         "matmul_tflops": 712.3, "bucket_mb": 25.0,
+        "exposed": Exposed(0.2, 0.15, 0.05, 0.03, [("gemm_kernel", 0.12)]).to_dict(),
     }  # fmt: skip
     console = Console(width=100)
     with console.capture() as captured:
         console.print(table(result))
     text = captured.get()
-    for words in ("1,234,567", "45,678", "42.1 %", "0.200 s (0.100 to 0.300)", "GiB", "9,000 bytes", "712 TFLOP/s"):
+    for words in (
+        "1,234,567",
+        "45,678",
+        "42.1 %",
+        "0.200 s (0.100 to 0.300)",
+        "GiB",
+        "9,000 bytes",
+        "712 TFLOP/s",
+        "0.030 s (15.0 %)",
+        "0.020 s (10.0 %)",
+        "gemm_kernel",
+    ):
         assert words in text

@@ -27,12 +27,13 @@ def verified(layout: str, **train: object) -> dict[str, object]:
 
 
 def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: object) -> dict[str, object]:
+    """One row: a layout's speed, and what a profile of one more step says of its communication."""
     run = preset("bench")
     sizes = {"micro_batch_size": micro_batch_size, "micro_batches": micro_batches}
     run = replace(run, layout=layout, train=replace(run.train, **sizes, **train))
     what = f"bench {layout} {micro_batch_size} x {micro_batches} {train}"
     try:
-        result = {"what": "bench", **bench(run)}
+        result = {"what": "bench", **bench(run, profile=True)}
     except RankError as error:
         if "OutOfMemoryError" not in str(error):
             raise
@@ -45,6 +46,11 @@ def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: ob
         f"8192^3 product {result['matmul_tflops']:.0f} TFLOP/s",
         flush=True,
     )
+    seen = result["exposed"]
+    parts = ", ".join(f"{part} {1000 * seen[part]:.0f}" for part in ("compute", "communication", "exposed", "idle"))
+    print(f"    ms of a step of {1000 * seen['step']:.0f}: {parts}", flush=True)
+    for name, seconds in seen["kernels"]:
+        print(f"    {1000 * seconds:8.1f} ms {name[:110]}", flush=True)
     return result
 
 
