@@ -217,6 +217,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunked_loss(chunk, train.loss_chunks)
 
     # 7 data
+    kept: Mapping[str, Tensor] = masters
     if train.zero:
         cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
         rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
@@ -225,8 +226,9 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             sharded.own(parameter).copy_(masters[name])
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
-        return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, routers, deferred)
-    kept: Mapping[str, Tensor] = masters
+        if train.masters == "split":
+            kept = SplitMasters({n: sharded.own(p) for n, p in parameters.items()}, masters, fuse=train.compile)
+        return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, sharded, device, routers, deferred)
     if train.masters == "split":
         kept = SplitMasters(parameters, masters, fuse=train.compile)
         del masters, whole

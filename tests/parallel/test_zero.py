@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +30,8 @@ from picotron_mini.parallel.rows import alike, cut
 from picotron_mini.parallel.traffic import predict_step
 from picotron_mini.parallel.zero import ShardedGradients
 from picotron_mini.parallel.zero3 import ShardedWeights
-from picotron_mini.training.step import compute_gradients
+from picotron_mini.training.optimizer import make_optimizer
+from picotron_mini.training.step import compute_gradients, gradients_of, train_step
 from picotron_mini.verify import make_batches
 
 Ranks = Callable[..., list[Any]]
@@ -522,6 +524,40 @@ def test_gradients_are_added_in_one_piece_at_aligned_addresses(ranks: Ranks) -> 
     assert two == three == {("copy_", True): 2 * parameters}
 
 
+def compiled(stage: int, recompute: str) -> tuple[Any, Any, int]:
+    """In a rank: gradients of a deep model, eager and compiled, and into how many graphs it was compiled."""
+    import functools
+
+    from torch._dynamo.utils import counters
+
+    warnings.simplefilter("ignore")  # the compiler makes some of its own
+    # traces forward and backward as inductor would, and needs no C++ compiler
+    real, torch.compile = torch.compile, functools.partial(torch.compile, backend="aot_eager")
+    found = []
+    for compile_ in (False, True):
+        model = replace(MODEL, num_layers=12, vocab_size=36)  # dynamo compiles a function for 8 classes at most
+        run = resolved("dp=2", model, zero=stage, compile=compile_, dtype="float64", recompute=recompute, steps=2)
+        parallel = parallelize(run, Mesh.build(run.mesh), torch.device("cpu"))
+        optimizer = make_optimizer(parallel.trained, run.train)
+        for batch in make_batches(run)[:2]:
+            train_step(parallel, optimizer, [batch] * 3)
+        found.append((gradients_of(parallel), dict(parallel.masters)))
+    torch.compile = real
+    return found[0], found[1], counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "graphs"), [("none", 2), ("full", 3)])
+def test_all_layers_share_one_compiled_graph(ranks: Ranks, recompute: str, graphs: int) -> None:
+    """One for a layer, one for the loss; with recompute a layer also has one that keeps nothing."""
+    for eager, fast, number in ranks(compiled, 3, recompute, world_size=2):
+        for before, after in zip(eager, fast, strict=True):
+            assert before.keys() == after.keys() and len(before) > 100
+            for name, want in before.items():
+                torch.testing.assert_close(after[name], want, rtol=1e-9, atol=1e-12, msg=name)
+        assert number == graphs
+
+
 # --- as PyTorch has it ------------------------------------------------------------------------------------
 
 
@@ -577,11 +613,14 @@ def test_same_as_torchs_own_fully_shard(ranks: Ranks) -> None:
 @pytest.mark.parametrize(("layout", "group"), [("dp=2,tp=2", 0), ("dp=4", 2)])
 def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str, group: int) -> None:
     runs = [
-        resolved(layout, zero=stage, zero_group=group, dtype=dtype, optimizer=kind, freeze=freeze, steps=2)
+        resolved(
+            layout, zero=stage, zero_group=group, dtype=dtype, optimizer=kind, freeze=freeze, masters=masters, steps=2
+        )
         for stage in range(1 if group else 0, 4)
-        for dtype, kind, freeze in (
-            ("bfloat16", "adamw", ("layers.1",)),
-            ("float64", "sgd", ("embed",)),
+        for dtype, kind, freeze, masters in (
+            ("bfloat16", "adamw", ("layers.1",), "whole"),
+            ("bfloat16", "adamw", ("layers.1",), "split"),
+            ("float64", "sgd", ("embed",), "whole"),
         )
     ]
     for rank, results in enumerate(ranks(kept, runs, world_size=runs[0].mesh.world_size)):
@@ -589,6 +628,49 @@ def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str, group: int) 
             places = layout_of(run)
             want = footprint(run, places, coordinates(run.mesh, rank))
             assert (weights, total) == (want.weights + want.masters, want.total), f"rank {rank}: {run.train}"
+
+
+def most_at_once(micro_batches: int) -> tuple[int, int, list[int]]:
+    """In a rank: the most bytes of whole weights and of gradients on their way that six equal layers ever have here,
+    and of these gradients what is there when each layer begins a later forward."""
+    zero.UNDER_WAY = 1  # in a model of real size two layers exceed what may be under way
+    axis = axis_of_world()
+    layers = nn.Sequential(*[nn.Linear(8, 8, bias=False, dtype=torch.bfloat16) for _ in range(6)])
+    sharded = ShardedWeights(list(layers), axis)
+    (gradients,) = sharded.gradients.reducers
+    weights, sums, later = 0, 0, []
+
+    def travelling() -> int:
+        tensors = [bucket.whole for bucket in gradients.buckets]
+        for bucket, whole, total, _ in gradients._under_way:
+            tensors += [whole, total if total is not bucket.shard else None]
+        return sum(x.nbytes for x in tensors if x is not None)
+
+    class Look(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal weights, sums
+            weights = max(weights, sum(layer.weight.untyped_storage().nbytes() for layer in layers))
+            sums = max(sums, travelling())
+            return func(*args, **(kwargs or {}))
+
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: later.append(travelling()))
+    with Look():
+        for _ in range(micro_batches):
+            later.clear()
+            layers(torch.ones(2, 8, dtype=torch.bfloat16)).sum().backward()
+            sharded.after_backward()
+        sharded.finish()
+    return weights, sums, later
+
+
+def test_two_layers_weights_and_two_layers_gradients_at_most(ranks: Ranks) -> None:
+    layer = 8 * 8
+    weights, sums, later = ranks(most_at_once, 3, world_size=2)[0]
+    assert weights == 2 * 2 * layer  # one computes, one travels; there is no second copy of either
+    whole = 4 * (layer + 2)  # with a flag from each rank
+    assert sums == 2 * whole + whole // 2  # one is filled, one travels, and its sum arrives
+    assert later[:3] == [whole + whole // 2] * 3 and later[3:] == [0, 0, 0]  # nothing is there beside the logits
 
 
 def test_what_sharding_saves() -> None:
