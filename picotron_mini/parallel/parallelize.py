@@ -6,7 +6,7 @@
       context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
-    5 compile    the blocks, with the exchanges of 2 inside them
+    5 compile    the blocks, with the exchanges of 2 inside them, the last norm and the loss
     6 recompute  around what is compiled; and the loss in chunks
     7 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
 
@@ -207,6 +207,8 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             # how many rows an expert gets is known when it runs, so of such layers only the attention is compiled
             part = block.get_submodule("attention") if int(number) in config.moe_layers else block
             part.forward = torch.compile(part.forward, fullgraph=train.tensor_overlap == 1)  # it is not traced
+        for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
+            norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)

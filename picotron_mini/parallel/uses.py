@@ -102,6 +102,7 @@ class _Entry(Function):
 
 def _intercept(module: nn.Module, around: Callable[..., Any]) -> None:
     """Let each call of the module be `around(call, args, kwargs)`."""
+    assert "_around" not in vars(module), "a module is one unit"
     vars(module)["_around"] = around  # not by setattr, which asks nn.Module
     kind: Any = type(module)
     module.__class__ = _used(kind)
