@@ -6,7 +6,7 @@
       context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
-    5 compile    the blocks, with the exchanges of 2 inside them
+    5 compile    the blocks, with the exchanges of 2 inside them, the last norm and the loss
     6 recompute  around what is compiled; and the loss in chunks
     7 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
 
@@ -207,6 +207,8 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             # how many rows an expert gets is known when it runs, so of such layers only the attention is compiled
             part = block.get_submodule("attention") if int(number) in config.moe_layers else block
             part.forward = torch.compile(part.forward, fullgraph=True)
+        for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
+            norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
@@ -217,6 +219,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunked_loss(chunk, train.loss_chunks)
 
     # 7 data
+    kept: Mapping[str, Tensor] = masters
     if train.zero:
         cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
         rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
@@ -225,8 +228,9 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             sharded.own(parameter).copy_(masters[name])
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
-        return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, routers, deferred)
-    kept: Mapping[str, Tensor] = masters
+        if train.masters == "split":
+            kept = SplitMasters({n: sharded.own(p) for n, p in parameters.items()}, masters, fuse=train.compile)
+        return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, sharded, device, routers, deferred)
     if train.masters == "split":
         kept = SplitMasters(parameters, masters, fuse=train.compile)
         del masters, whole
