@@ -95,10 +95,10 @@ def layer_activation_bytes(config: ModelConfig, bytes_per_number: int = 4, layer
     head; the MLP keeps gate, up, silu(gate) and their product. Nothing grows with T^2: fused attention computes its
     scores again (arXiv 2205.14135). torch.compile keeps less.
 
-    With experts (dropless, softmax, normalised) each of the K rows of a token keeps its input and output (D each), gate,
-    up and their product (3 I: silu(gate) is computed again); the router its scores (E, and E + 1 more for a z-loss), the
-    K chosen ones and their weights and two sums, and of each row four int64 indices; where compute is narrower than
-    float32 the router keeps its input widened, and the norm's output only a shared expert.
+    With experts (dropless, softmax, normalised) each of the K rows of a token keeps its input and output (D each) and
+    gate, up and their product (3 I: silu(gate) is computed again); the router its scores (E, and E + 1 more for a
+    z-loss), the K chosen ones and their weights and two sums, and of each row four int64 indices; where compute is
+    narrower than float32 the router keeps its input widened, and the norm's output only a shared expert.
     """
     heads, all_heads, head_dim = config.num_heads, config.num_heads + config.num_kv_heads, _head_dim(config)
     wide = 2 * (2 * config.hidden_size + 1) + heads
