@@ -62,14 +62,18 @@ def spread(x: Tensor, token: Tensor) -> Tensor:
 
 def add_up(rows: Tensor, place: Tensor) -> Tensor:
     """rows [M, D], place [N, K] -> [N, D], the sum of each token's rows."""
-    return weigh_up(rows, torch.ones_like(place, dtype=torch.promote_types(rows.dtype, torch.float32)), place)
+    each = rows.index_select(0, place.clamp(min=0).flatten()).unflatten(0, place.shape)  # [N, K, D]
+    return each.masked_fill((place < 0)[..., None], 0.0).sum(1)  # torch adds up narrow numbers in float32
 
 
 def weigh_up(rows: Tensor, weights: Tensor, place: Tensor) -> Tensor:
     """rows [M, D], weights [N, K], place [N, K] -> [N, D], the weighted sum of each token's rows."""
-    weights = weights.masked_fill(place < 0, 0.0)
-    each = [rows.index_select(0, place[:, k].clamp(min=0)) * weights[:, k, None] for k in range(place.shape[1])]
-    return sum(each[1:], each[0]).to(rows.dtype)
+    weights, place = weights.masked_fill(place < 0, 0.0), place.clamp(min=0)
+    each = [rows.index_select(0, place[:, k]) for k in range(place.shape[1])]
+    out = each[0] * weights[:, :1]  # of the wider dtype
+    for k, more in enumerate(each[1:], 1):
+        out = torch.addcmul(out, more, weights[:, k : k + 1])
+    return out.to(rows.dtype)
 
 
 def weigh_up_backward(
