@@ -14,7 +14,7 @@ gradient *gathers* too, and every output is written once, by whoever computes it
     y[t] = sum_k w_tk rows[place_tk]    drows[m] = w_m dy[token[m]]        dw_m = <dy[token[m]], rows[m]>
 
 The rows stay in the dtype of the compute. Sums over k, and the products with the weights, are made in float32 at least
-and rounded once: run eagerly, through float32 copies of [N, D]; compiled (`fused`), inside one kernel.
+and rounded once: compiled (`fused`), inside one kernel; run eagerly, through copies in float32.
 
 Cost, with rows of w bytes: `take` reads and writes M D w; so does its gradient, but for K reads to one write. The
 weighted sum's gradient reads two rows for each that it writes.
@@ -72,7 +72,7 @@ def weigh_up(rows: Tensor, weights: Tensor, place: Tensor) -> Tensor:
     each = [rows.index_select(0, place[:, k]) for k in range(place.shape[1])]
     out = each[0] * weights[:, :1]  # of the wider dtype
     for k, more in enumerate(each[1:], 1):
-        out = torch.addcmul(out, more, weights[:, k : k + 1])
+        out = out + more * weights[:, k : k + 1]
     return out.to(rows.dtype)
 
 
