@@ -29,13 +29,14 @@ from ..memory.recompute import recompute
 from ..mesh import Axis, Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
+from ..model.permute import fused
 from .actions import Route, route_of
 from .balance import balance
 from .compress import compression
 from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
-from .expert import expert_parallel, expert_shard, is_expert
+from .expert import expert_parallel, expert_shard, is_expert, mixtures, of_one_shape
 from .routers import Routers
 from .rows import alike
 from .several import SeveralBuckets, SeveralSharded, by_axis
@@ -203,10 +204,12 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
 
     # 5 compile
     if train.compile:
-        for number, block in [item for chunk in chunks for item in chunk.layers.items()]:
-            # how many rows an expert gets is known when it runs, so of such layers only the attention is compiled
-            part = block.get_submodule("attention") if int(number) in config.moe_layers else block
-            part.forward = torch.compile(part.forward, fullgraph=train.tensor_overlap == 1)  # it is not traced
+        for module, name in [
+            part for chunk in chunks for block in chunk.layers.values() for part in of_one_shape(block)
+        ]:
+            setattr(module, name, torch.compile(getattr(module, name), fullgraph=True))
+        for moe in [moe for chunk in chunks for moe in mixtures(chunk)]:
+            moe.experts.passes = fused()
         for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
             norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
