@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from ..collectives import Work, all_gather_async, all_reduce_async, reduce_scatter_async
 from ..mesh import Axis
-from .data import bucket
+from .buckets import bucket
 from .rows import Cut, cut
 
 UNDER_WAY = 2  # collectives at once: one travels while the next is filled; more would only hold memory
