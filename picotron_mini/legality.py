@@ -214,18 +214,18 @@ def _reduce_group_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"{name} does not cut dp*cp={ranks} into groups of 2 or more; {near}")
     if train.zero:
         found.append(
-            f"{name} sums whole gradients on every rank, and zero={train.zero} only what a rank owns; use reduce_group=0 "
-            "(zero_group has groups for it), or zero=0"
+            f"{name} sums whole gradients on every rank, and zero={train.zero} only what a rank owns; "
+            "use reduce_group=0 (zero_group has groups for it), or zero=0"
         )
     if train.compress != "none":
         found.append(
-            f"{name} sums a part of each bucket between hosts, and compress={train.compress} exchanges buckets in a way "
-            "of its own; use compress=none, or reduce_group=0"
+            f"{name} sums a part of each bucket between hosts, and compress={train.compress} exchanges buckets "
+            "in a way of its own; use compress=none, or reduce_group=0"
         )
     if mesh.ep > 1:
         found.append(
-            f"{name} groups the ranks of dp*cp, and with ep={mesh.ep} the copies of an expert are {mesh.ep} ranks apart, "
-            "on other hosts than those of all else; use ep=1, or reduce_group=0"
+            f"{name} groups neighbours of dp*cp, and with ep={mesh.ep} the copies of an expert are {mesh.ep} ranks "
+            "apart, so that its groups would be others; use ep=1, or reduce_group=0"
         )
     return found
 

@@ -10,7 +10,7 @@ same entries on each other host. With n = 4 ranks, g = 2 of a host, and entries 
     at first      a0 b0 c0 d0     a1 b1 c1 d1       a2 b2 c2 d2     a3 b3 c3 d3
     1 inside      a01 b01         c01 d01           a23 b23         c23 d23         reduce_scatter of N
     2 across      a0123 b0123     c0123 d0123       a0123 b0123     c0123 d0123     all_reduce of N/g: 0-2 and 1-3
-    3 inside      a b c d         a b c d           a b c d         a b c d         all_gather of N/g: all entries, summed
+    3 inside      a b c d         a b c d           a b c d         a b c d         all_gather of N/g: all the sums
 
 The same sum, in another order of additions.
 

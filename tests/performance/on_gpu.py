@@ -60,6 +60,7 @@ def several(gpus: int) -> list[tuple[str, int, int, dict[str, object]]]:
     sequence = {"sequence_parallel": True}
     return [
         *((dp, 4, 4, {"zero": zero, "compile": zero < 3}) for zero in (1, 2, 3)),
+        *((dp, 4, 4, {"reduce_group": max(gpus // 2, 2)}) for _ in range(gpus % 2 == 0)),  # as if on two hosts
         *((tp, 4, 4, {**sequence, "tensor_overlap": parts}) for parts in (1, 2, 4)),
         (pp, 4, 8, {}),
         (pp, 4, 8, {"schedule": "interleaved"}),
