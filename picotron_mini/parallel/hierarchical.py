@@ -79,7 +79,8 @@ class _Sum:
 
     def __init__(self, buffer: Tensor, whole: Tensor, inside: Axis, across: Axis) -> None:
         self.buffer, self.whole, self.inside, self.across = buffer, whole, inside, across
-        self.part = whole.view(inside.size, -1)[inside.index]  # [N/g], a view: all three exchanges are in place
+        # [N/g], a view of this rank's own part: there, and nowhere else in the input, NCCL may put the output
+        self.part = whole.view(inside.size, -1)[inside.index]
         self.work = reduce_scatter_async(self.part, whole, inside)
 
     def wait(self) -> None:
