@@ -41,6 +41,6 @@ def last_first(sizes: Mapping[Key, int], itemsize: int, bucket_bytes: float) -> 
         sizes: of the trained parameters of one dtype, in elements, in the order of forward.
         itemsize: bytes of a gradient's element.
     """
-    order = list(reversed(sizes))
+    order = list(sizes)[::-1]
     groups = bucket([sizes[key] for key in order], itemsize, bucket_bytes)
     return [[order[index] for index in group] for group in groups]
