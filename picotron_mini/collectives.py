@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions  # type: ignore[attr-defined]
 
 from .mesh import GROUPS, Axis
 
@@ -137,6 +138,14 @@ def _all_reduce(x: Tensor, key: str) -> Tensor:
     return out
 
 
+@_operator("all_reduce_max(Tensor x, str key) -> Tensor", _same)
+def _all_reduce_max(x: Tensor, key: str) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    ledger.record(key, "all_reduce", out)
+    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=GROUPS[key])
+    return out
+
+
 @_operator(
     "all_gather(Tensor x, str key, int size) -> Tensor",
     lambda x, key, size: x.new_empty((size * x.shape[0], *x.shape[1:])),
@@ -180,12 +189,7 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
     """Elementwise maximum over the axis, as `all_reduce` is the sum. Has no gradient."""
-    if axis.size == 1:
-        return x
-    out = x.detach().clone()
-    ledger.record(axis.key, "all_reduce", out)
-    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=axis.group)
-    return out
+    return x if axis.size == 1 else _all_reduce_max(x.detach(), axis.key)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int, total: int | None = None) -> Tensor:
@@ -284,6 +288,34 @@ def reduce_scatter_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
         return Done()
     ledger.record(axis.key, "reduce_scatter", x)
     return _started(_scatter(out.view(-1), x.view(-1), group=axis.group, async_op=True))
+
+
+def all_gather_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Work:
+    """Start `all_gather_async` of several pairs of tensors as one: on NCCL they are one kernel, and share its latency.
+
+    Args:
+        outs, xs: each pair as there; of one dtype, and not none.
+    """
+    if axis.size == 1 or _rehearsing:  # torch has no such operator for tensors without memory
+        return [all_gather_async(out, x, axis) for out, x in zip(outs, xs, strict=True)][-1]
+    for x in xs:
+        ledger.record(axis.key, "all_gather", x)
+    return _several(axis, "allgather_into_tensor_coalesced", AllgatherOptions(), outs, xs)
+
+
+def reduce_scatter_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Work:
+    """Start `reduce_scatter_async` of several pairs of tensors as one, as `all_gather_several` does."""
+    if axis.size == 1 or _rehearsing:
+        return [reduce_scatter_async(out, x, axis) for out, x in zip(outs, xs, strict=True)][-1]
+    for x in xs:
+        ledger.record(axis.key, "reduce_scatter", x)
+    return _several(axis, "reduce_scatter_tensor_coalesced", ReduceScatterOptions(), outs, xs)
+
+
+def _several(axis: Axis, method: str, options: Any, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
+    options.asyncOp = True
+    start = getattr(axis.group, method)  # the sum is what its options ask for, unless they say otherwise
+    return _started(start([out.view(-1) for out in outs], [x.view(-1) for x in xs], options))
 
 
 def all_to_all_async(
@@ -405,32 +437,36 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis.key)
 
 
+# Both work along dim 0, and what puts another dim there stands outside: inside, an operation that has nothing to do
+# (`contiguous` of what is in order) made torch 2.11's compiler lose the gradient, without a word.
 class _GatherFrom(Function):
     @staticmethod
-    def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
-        ctx.key, ctx.size, ctx.dim = key, size, dim
-        # in order: each product that follows would make, and keep, a copy in order of its own
-        return _all_gather(x.movedim(dim, 0), key, size).movedim(0, dim).contiguous()
+    def forward(ctx, x, key, size):  # type: ignore[no-untyped-def]
+        ctx.key, ctx.size = key, size
+        return _all_gather(x, key, size)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _reduce_scatter(grad.movedim(ctx.dim, 0), ctx.key, ctx.size).movedim(0, ctx.dim), None, None, None
+        return _reduce_scatter(grad, ctx.key, ctx.size), None, None
 
 
 class _ScatterTo(Function):
     @staticmethod
-    def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
-        ctx.key, ctx.size, ctx.dim = key, size, dim
-        return _reduce_scatter(x.movedim(dim, 0), key, size).movedim(0, dim)
+    def forward(ctx, x, key, size):  # type: ignore[no-untyped-def]
+        ctx.key, ctx.size = key, size
+        return _reduce_scatter(x, key, size)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _all_gather(grad.movedim(ctx.dim, 0), ctx.key, ctx.size).movedim(0, ctx.dim), None, None, None
+        return _all_gather(grad, ctx.key, ctx.size), None, None
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Use the whole of what is cut along `dim`: all_gather forward, reduce_scatter of the gradient backward."""
-    return x if axis.size == 1 else _GatherFrom.apply(x, axis.key, axis.size, dim)
+    if axis.size == 1:
+        return x
+    whole = _GatherFrom.apply(x.movedim(dim, 0), axis.key, axis.size).movedim(0, dim)
+    return whole.contiguous()  # else each product that follows would make, and keep, a copy in order of its own
 
 
 def scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -438,4 +474,4 @@ def scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
     The axis' size must divide `dim`.
     """
-    return x if axis.size == 1 else _ScatterTo.apply(x, axis.key, axis.size, dim)
+    return x if axis.size == 1 else _ScatterTo.apply(x.movedim(dim, 0), axis.key, axis.size).movedim(0, dim)

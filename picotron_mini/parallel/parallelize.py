@@ -6,7 +6,7 @@
       context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
-    5 compile    the blocks, with the exchanges of 2 inside them
+    5 compile    the blocks, with the exchanges of 2 inside them, the last norm and the loss
     6 recompute  around what is compiled; and the loss in chunks
     7 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
 
@@ -204,16 +204,16 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
 
     # 5 compile
     if train.compile:
-        traced = train.tensor_overlap == 1  # what travels behind products is not
         for module, name in [
             part for chunk in chunks for block in chunk.layers.values() for part in of_one_shape(block)
         ]:
-            setattr(module, name, torch.compile(getattr(module, name), fullgraph=traced))
+            setattr(module, name, torch.compile(getattr(module, name), fullgraph=True))
         for moe in [moe for chunk in chunks for moe in mixtures(chunk)]:
             moe.experts.passes = fused()
-        if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
-            for chunk in chunks:
-                chunk.cross_entropy = torch.compile(chunk.cross_entropy)
+        for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
+            norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
+        for chunk in chunks:  # fused, the float32 logits are never written
+            chunk.cross_entropy = torch.compile(chunk.cross_entropy, fullgraph=True)
 
     # 6 recompute
     for chunk in chunks:
@@ -221,6 +221,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunked_loss(chunk, train.loss_chunks)
 
     # 7 data
+    kept: Mapping[str, Tensor] = masters
     if train.zero:
         cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
         rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
@@ -229,8 +230,9 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             sharded.own(parameter).copy_(masters[name])
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
-        return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, routers, deferred)
-    kept: Mapping[str, Tensor] = masters
+        if train.masters == "split":
+            kept = SplitMasters({n: sharded.own(p) for n, p in parameters.items()}, masters, fuse=train.compile)
+        return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, sharded, device, routers, deferred)
     if train.masters == "split":
         kept = SplitMasters(parameters, masters, fuse=train.compile)
         del masters, whole

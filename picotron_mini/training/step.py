@@ -214,11 +214,15 @@ def update_masters(parallel: Parallel, optimizer: torch.optim.Optimizer, gradien
 @torch.no_grad()
 def update_weights(parallel: Parallel) -> None:
     """Round the masters into the weights that compute uses, where those are narrower, or others'."""
+    halves = isinstance(parallel.masters, SplitMasters)  # a half of each master is the weight
     if not isinstance(parallel.gradients, GradientBuckets | SeveralBuckets):
-        parallel.gradients.publish({p: parallel.masters[n] for n, p in parallel.parameters.items()})
+        own = parallel.gradients.own
+        parallel.gradients.publish(
+            {p: own(p) if halves else parallel.masters[n] for n, p in parallel.parameters.items()}
+        )
         return
-    if isinstance(parallel.masters, SplitMasters):
-        return  # a half of each master is the weight
+    if halves:
+        return
     pairs = [(p, parallel.masters[n]) for n, p in parallel.parameters.items() if parallel.masters[n] is not p]
     if pairs:
         torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
