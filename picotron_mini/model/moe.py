@@ -141,9 +141,11 @@ class Experts(nn.Module):
             gate, up = (torch._grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
             return torch._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
         weights = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
+        # without values (on the meta device, where shapes are all that is asked for) nothing was counted
+        sizes = counts.tolist() if not rows.is_meta else [len(rows), *[0] * (len(self.gate) - 1)]
         parts = [  # an expert without rows too: so each weight has a gradient, zeros
             F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-            for x, (gate, up, down) in zip(rows.split(counts.tolist()), weights, strict=True)
+            for x, (gate, up, down) in zip(rows.split(sizes), weights, strict=True)
         ]
         return torch.cat(parts)
 
@@ -172,7 +174,7 @@ def local_dispatch(
     counts = torch.zeros(len(run.gate) + 1, dtype=torch.int64, device=x.device)
     counts = counts.scatter_add_(0, torch.where(key < 0, len(run.gate), key), torch.ones_like(key))[:-1]
     if routed is None:
-        routed = int((key >= 0).sum())
+        routed = int((key >= 0).sum()) if not key.is_meta else len(key)
     out = run(x[order[:routed] // k], counts)  # [M, D]
     if routed < number * k:
         out = torch.cat([out, out.new_zeros(number * k - routed, out.shape[1])])

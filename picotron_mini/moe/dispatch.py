@@ -35,7 +35,7 @@ Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows rec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,13 +59,14 @@ class Plan:
     routed: int  # M, the rows that this rank's experts will see
 
 
-def plan(parts: Sequence[Tensor], axis: Axis, held: int) -> list[Plan]:
+def plan(parts: Sequence[Tensor], axis: Axis, held: int, expected: Callable[[int], int] | None = None) -> list[Plan]:
     """Agree on who sends what to whom. Every rank of the axis must call it.
 
     Args:
         parts: [N, K] int64 each, the slots of each token's experts: slot s is expert s % held of rank s // held; -1: no
             expert.
         held: experts on each rank.
+        expected: rows of so many tokens, for a dry run: its tensors have no values, so nothing was decided.
     """
     ranks, outgoing, needs = axis.size, [], []
     for slots in parts:
@@ -78,7 +79,10 @@ def plan(parts: Sequence[Tensor], axis: Axis, held: int) -> list[Plan]:
     mine = torch.stack(outgoing, 1)  # [ranks, parts, 2]
     theirs, ones = torch.empty_like(mine), [1] * ranks
     all_to_all_async(theirs, mine, axis, ones, ones, "counts").wait()
-    numbers = torch.stack([mine, theirs]).tolist()  # the one point where the host waits for the GPU
+    if expected is not None:
+        numbers = [[[[to, to] for to in each] for each in _evenly(parts, ranks, expected)]] * 2
+    else:
+        numbers = torch.stack([mine, theirs]).tolist()  # the one point where the host waits for the GPU
     plans = []
     for number, (slots, need) in enumerate(zip(parts, needs, strict=True)):
         sends, receives = ([to[number][0] for to in each] for each in numbers)
@@ -91,6 +95,12 @@ def plan(parts: Sequence[Tensor], axis: Axis, held: int) -> list[Plan]:
     return plans
 
 
+def _evenly(parts: Sequence[Tensor], ranks: int, expected: Callable[[int], int]) -> list[list[int]]:
+    """Rows to each rank, of each part: [ranks, parts]."""
+    rows = [expected(len(slots)) for slots in parts]
+    return [[(rank + 1) * n // ranks - rank * n // ranks for n in rows] for rank in range(ranks)]
+
+
 class ExpertDispatch:
     """`MoE.dispatch` for experts that are spread over an axis.
 
@@ -101,11 +111,13 @@ class ExpertDispatch:
 
     Attributes:
         slot: [E] int64, the slot of each expert, held * rank + place on that rank. None: expert e is in slot e.
+        expected: see `plan`; None outside of a dry run.
     """
 
     def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0) -> None:
         self.axis, self.held, self.parts, self.layer = axis, num_experts // axis.size, parts, layer
         self.slot: Tensor | None = None
+        self.expected: Callable[[int], int] | None = None
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None) -> Tensor:
         """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
@@ -114,7 +126,7 @@ class ExpertDispatch:
             log.append((self.layer, slots.tolist()))
         cut = [range(i * len(x) // self.parts, (i + 1) * len(x) // self.parts) for i in range(self.parts)]
         cuts = [slice(each.start, each.stop) for each in cut]
-        plans = plan([slots[each] for each in cuts], self.axis, self.held)
+        plans = plan([slots[each] for each in cuts], self.axis, self.held, self.expected)
         going = [self._start(x[each], weights[each], plan) for each, plan in zip(cuts, plans, strict=True)]
         beside = None if shared is None else shared(x)
         coming = []
