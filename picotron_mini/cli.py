@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tomllib
@@ -68,6 +69,7 @@ class Plan(Run):
     link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
     host_link_gb_s: float = 0.0  # ... between hosts, for each rank
     ranks_per_host: int = 0  # 0: the machine's
+    skew: str = "1"  # load of the busiest rank with experts over the even one, or a run's folder, which has measured it
     dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 
@@ -349,7 +351,7 @@ def plan_command(args: list[str]) -> int:
     run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size))
     if not any(arg.partition("=")[0] == "--layout" for arg in _name_bare_layout(args)):
         run = replace(run, layout="auto")  # a preset's or a file's is only one of those to be compared
-    found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}))
+    found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}), _width())
     if wanted.json:
         print(json.dumps(found.data, allow_nan=False))
     else:
@@ -383,11 +385,15 @@ def progress_command(args: list[str]) -> int:
     return 0
 
 
+def _width() -> int:
+    """Columns of text that there is room for; in a file or a pipe 120."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+
+
 def _print(what: Any) -> None:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    Console(width=width).print(what)
+    Console(width=_width()).print(what)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

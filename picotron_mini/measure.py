@@ -47,10 +47,10 @@ def passes(run: RunConfig) -> list[tuple[Work, tuple[int, int, bool]]]:
         for micro_batch in sorted({max(1, size // 2), size, 2 * size} if tp == 1 else {size}):
             train = replace(run.train, micro_batch_size=micro_batch, recompute="none", sequence_parallel=False)
             each = replace(run, layout=str(mesh), train=train)
-            out.append((forward_work(each, LAYERS, False), (micro_batch, tp, False)))
+            out.append((forward_work(each, range(LAYERS), False), (micro_batch, tp, False)))
     for micro_batch in (max(1, size // 2), 2 * size):
         each = replace(run, layout="1", train=replace(run.train, micro_batch_size=micro_batch))
-        out.append((forward_work(each, 0, True), (micro_batch, 1, True)))
+        out.append((forward_work(each, (), True), (micro_batch, 1, True)))
     return out
 
 
