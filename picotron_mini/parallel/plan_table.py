@@ -45,7 +45,7 @@ def table(result: Plan, rows: int = 10, width: int = 120) -> Table:
         verdict = f"NOTHING FITS of {result.considered} legal layouts\nthe one that needs least"
     caption = f"rates: {result.machine.source}"
     if any(found.skew > 1 for found in shown):
-        caption += "; step s and GiB are those of ranks with the busiest experts, at the skew shown"
+        caption += "; step s and GiB are those of ranks with the busiest experts, at the skew that was given"
     out = Table(
         title=f"{result.ranks} ranks of {result.machine.name}, {result.machine.memory / GIB:.3g} GiB each: {verdict}",
         title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
@@ -75,16 +75,15 @@ def _columns(shown: Sequence[Prediction], width: int) -> list[_Column]:
     if any(found.run.model.moe for found in shown):
         out.append(column("ep", [str(found.run.mesh.ep) for found in shown]))
         if any(found.skew > 1 for found in shown):
-            out.append(column("skew", [f"{found.skew:.2f}" for found in shown]))
+            out.append(column("skew", [f"{found.skew:.2f}" for found in shown], less=4))
     out.append(column("micro-\nbatch", [str(train.micro_batch_size) for train in trains]))
     schedules = [found.run.train.schedule if found.run.mesh.pp > 1 else "-" for found in shown]
     between = ["yes" if train.sequence_parallel else "no" for train in trains]
     changed = [
         column("zero", [str(train.zero) for train in trains]),
-        column("sequence\nparallel", between, number=False),
+        column("seq.\npar.", between, number=False),
         column("schedule", schedules, number=False),
         column("recompute", [train.recompute for train in trains], number=False),
-        column("loss\nchunks", [str(train.loss_chunks) for train in trains]),
     ]
     plain = {"0", "no", "-", "none", "1"}
     out += [each for each in changed if set(each.cells) - plain]

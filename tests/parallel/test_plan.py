@@ -305,7 +305,7 @@ def test_the_table_fits_its_width(width: int) -> None:
     wide = [
         resolved("dp=2,cp=2,tp=2,pp=2,ep=4", model, schedule="interleaved", zero=1, recompute="full",
                  sequence_parallel=True, micro_batch_size=1),
-        resolved("dp=8,ep=2", model, micro_batch_size=1, loss_chunks=4),
+        resolved("dp=8,ep=2", model, micro_batch_size=1),
     ]  # fmt: skip
     ranked = tuple(predict(run, H100, skew=1.5) for run in wide)
     plain = tuple(predict(resolved(layout), H100) for layout in ("dp=2", "tp=2"))
