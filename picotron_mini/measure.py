@@ -2,6 +2,9 @@
 
     measure(run)     on every rank at once     ->   {("forward", 0): seconds, ("all_reduce", 2**20): seconds, ...}
 
+Four rates are measured by themselves, each by work that is nothing else: a large product, attention, a large copy, and
+very small operators, of which only the start takes time. Passes of the model can then be explained by them.
+
 All ranks start each call together (a barrier before it), and the best of some rounds counts: what disturbs makes
 slower, never faster.
 """
@@ -19,7 +22,7 @@ from .config import MeshShape, RunConfig
 from .legality import layout_problems
 from .mesh import Axis, Mesh
 from .model.costs import parameters
-from .model.gpt import GPT, init_weights
+from .model.gpt import GPT, attend, init_weights
 from .parallel.activations import share_of
 from .parallel.parallelize import DTYPES
 from .parallel.work import Work, forward_work
@@ -29,6 +32,9 @@ LAYERS = 2  # of a timed pass: enough that the time of one is not that of its st
 ROUNDS = 10
 SIZES = (2**10, 2**16, 2**20, 2**23)  # bytes of the timed messages
 ELEMENTS = 8_000_000  # of the timed update, or as many as the model has
+SQUARE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the timed product
+COPIED = {"cuda": 2**28, "cpu": 2**24}  # numbers of 4 bytes of the timed copy
+SMALL = 200  # operators of the timed starts
 
 
 def payload(operation: str, size: int, ranks: int) -> float:
@@ -47,11 +53,40 @@ def passes(run: RunConfig) -> list[tuple[Work, tuple[int, int, bool]]]:
         for micro_batch in sorted({max(1, size // 2), size, 2 * size} if tp == 1 else {size}):
             train = replace(run.train, micro_batch_size=micro_batch, recompute="none", sequence_parallel=False)
             each = replace(run, layout=str(mesh), train=train)
-            out.append((forward_work(each, range(LAYERS), False), (micro_batch, tp, False)))
+            out.append((forward_work(each, timed_layers(run), False), (micro_batch, tp, False)))
     for micro_batch in (max(1, size // 2), 2 * size):
         each = replace(run, layout="1", train=replace(run.train, micro_batch_size=micro_batch))
         out.append((forward_work(each, (), True), (micro_batch, 1, True)))
     return out
+
+
+def timed_layers(run: RunConfig) -> range:
+    """The last layers: of a mixture of experts those that have experts."""
+    return range(max(0, run.model.num_layers - LAYERS), run.model.num_layers)
+
+
+def direct(run: RunConfig, device: torch.device) -> dict[str, tuple[float, Callable[[], object]]]:
+    """What measures a rate by itself: units of work (flops, flops, bytes, operators), and a call that does them."""
+    dtype, n, train = DTYPES[run.train.dtype], SQUARE[device.type], run.train
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    shape = (train.micro_batch_size, train.seq_len, run.model.head_dim)
+    q = torch.randn(shape[0], run.model.num_heads, *shape[1:], device=device, dtype=dtype)
+    k, v = (torch.randn(shape[0], run.model.num_kv_heads, *shape[1:], device=device, dtype=dtype) for _ in range(2))
+    documents = torch.zeros(shape[:2], dtype=torch.int64, device=device) if train.document_mask else None
+    seen = train.seq_len * (1.0 if train.document_mask else 0.5)
+    large, other = (torch.zeros(COPIED[device.type], device=device) for _ in range(2))
+    small = torch.zeros(8, device=device)
+
+    def starts() -> None:
+        for _ in range(SMALL):
+            small.add_(1.0)
+
+    return {
+        "product": (2.0 * n**3, lambda: a @ b),
+        "attention": (4.0 * q.numel() * seen, lambda: attend(q, k, v, documents)),
+        "copy": (2.0 * large.nbytes, lambda: other.copy_(large)),
+        "start": (float(SMALL), starts),
+    }
 
 
 def measure(run: RunConfig) -> dict[tuple[str, int], float]:
@@ -75,6 +110,8 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
                     found.append(time.perf_counter() - start)
         return [min(found) for found in times]
 
+    for name, (units, call) in direct(run, device).items():
+        out[name, 0] = timed(call)[0] / units
     for number, (_, which) in enumerate(passes(run)):
         forward, backward = _pass(run, which, device)
         out["forward", number], out["backward", number] = timed(forward, backward)
@@ -121,12 +158,13 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
 def _pass(run: RunConfig, which: tuple[int, int, bool], device: torch.device) -> tuple[Callable[[], object], ...]:
     """The forward and the backward of some layers, or of the head with the loss, to be called in turn."""
     micro_batch, tp, head = which
-    model = GPT(share_of(run.model, tp), layers=range(0 if head else LAYERS), embed=False, head=head)
+    model = GPT(share_of(run.model, tp), layers=() if head else timed_layers(run), embed=False, head=head)
     init_weights(model, 0)
     model = model.to(device, DTYPES[run.train.dtype])
     if run.train.compile:
-        for block in model.layers.values():
-            block.forward = torch.compile(block.forward, fullgraph=True)
+        for number, block in model.layers.items():
+            part = block.get_submodule("attention") if int(number) in run.model.moe_layers else block
+            part.forward = torch.compile(part.forward, fullgraph=True)
         model.cross_entropy = torch.compile(model.cross_entropy)
     shape = (micro_batch, run.train.seq_len)
     hidden = torch.randn(

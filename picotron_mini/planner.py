@@ -31,7 +31,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .calibrate import calibrated, unknown_rates
+from .calibrate import MISSED, calibrated
 from .config import ConfigError, RunConfig, UserError
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
@@ -42,7 +42,7 @@ from .parallel.expert_costs import skew_of_loads
 from .parallel.machine import GIB, Link, Machine, find_machine
 from .parallel.plan import by_axis, plan, settings, to_dict
 from .parallel.plan_table import table
-from .parallel.predict import Prediction, predict
+from .parallel.predict import Prediction, memory_of_stages, predict
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,11 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
         alone = replace(run.train, batch_size=0, zero=0, schedule="1f1b", sequence_parallel=False, recompute="none")
         gpus = torch.cuda.device_count()
         machine = calibrated(resolve(replace(run, layout="1", train=alone), gpus=gpus), ranks, wish.measure)
-        if unknown := unknown_rates(machine):
+        if machine.missed > MISSED:
             raise UserError(
-                f"{' and '.join(unknown)} could not be told apart from what else takes time: other programs may be "
-                "using this machine. Try again with --measure when it is quiet, or take a known one: --machine h100"
+                f"the rates measured here miss a pass that they were made from by {machine.missed:.0%}, more than "
+                f"{MISSED:.0%}: other programs may be using this machine. Try again with --measure when it is quiet, "
+                "or take a known one: --machine h100"
             )
     elif wish.measure:
         raise ConfigError(f"--measure measures this machine, and --machine {wish.machine} asks for another")
@@ -192,6 +193,24 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
 
 def _faster(links: Any, gb_s: float) -> dict[str, Link]:
     return {name: replace(link, bandwidth=gb_s * 1e9) for name, link in links.items()}
+
+
+def memory_table(run: RunConfig) -> Table:
+    """What a rank of each stage needs, predicted; for `describe`.
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
+    """
+    stages = memory_of_stages(run)
+    even = "; experts are taken to be equally busy (plan --skew)" if run.model.moe else ""
+    out = Table(title=f"memory of a rank at the worst moment of a step, predicted{even}", title_justify="left")
+    out.add_column("what for")
+    for number in range(len(stages)):
+        out.add_column(f"stage {number}", justify="right")
+    for kind in dict.fromkeys(kind for each in stages for kind in each):
+        out.add_row(kind, *(bytes_text(each.get(kind, 0)) for each in stages))
+    out.add_row("all", *(bytes_text(sum(each.values())) for each in stages), style="bold")
+    return out
 
 
 def _one(found: Prediction, machine: Machine) -> RenderableType:

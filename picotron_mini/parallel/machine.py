@@ -60,6 +60,7 @@ class Machine:
     inside: Mapping[str, Link] = field(default_factory=dict)  # operation -> link between ranks of a host; "" any other
     across: Mapping[str, Link] = field(default_factory=dict)  # ... between hosts; empty: there is one host
     cores: int = 0  # ranks that can compute at once; 0: all. More take turns.
+    missed: float = 0.0  # of the passes that the rates were made from the worst explained one, relative error
 
     def seconds(self, operation: str, payload: float, ranks: int, across: bool, messages: float = 1) -> float:
         """The time of `messages` collectives that hand over `payload` bytes in all, on `ranks` ranks.

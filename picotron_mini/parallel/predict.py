@@ -36,7 +36,7 @@ from .activations import stage_peak
 from .expert_costs import busy_rows
 from .expert_traffic import Traffic
 from .footprint import Footprint, footprint
-from .machine import Machine
+from .machine import MACHINES, Machine
 from .messages import Messages, messages_of
 from .parallelize import layout_of, stage_layers
 from .schedules import find_schedule
@@ -153,6 +153,18 @@ def predict(run: RunConfig, machine: Machine, clock: bool = True, skew: float = 
         max((s.traffic for s in stages), key=lambda traffic: sum(traffic.values())),
         sum(memory.values()) <= machine.memory, skew,
     )  # fmt: skip
+
+
+def memory_of_stages(run: RunConfig, skew: float = 1.0) -> list[dict[str, int]]:
+    """Bytes of a rank of each pipeline stage at its worst moment, by what they are for.
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
+        skew: as of `predict`.
+    """
+    route = route_of(run.train.schedule, run.mesh.pp, run.train.chunks)
+    stages = _stages(run, MACHINES["h100"], route, skew)  # whose rates say nothing about memory
+    return [_memory(run, stage, number, route, skew) for number, stage in enumerate(stages)]
 
 
 def _stages(run: RunConfig, machine: Machine, route: Route, skew: float) -> list[_Stage]:

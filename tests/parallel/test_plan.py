@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from picotron_mini.calibrate import solve, with_bucket
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from picotron_mini import planner
+from picotron_mini.calibrate import BOUNDS, MISSED, calibrate, fit, solve, with_bucket
+from picotron_mini.config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, UserError
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.gpt import GPT, init_weights
@@ -126,6 +127,74 @@ def test_no_rate_is_below_zero() -> None:
     """The second column would help if it could be taken off."""
     found = solve([[1, 1], [2, 3], [3, 5]], [1.0, 1.9, 2.8])
     assert found[0] > 0 and found[1] == 0
+
+
+TRUE = [1 / 600e12, 1 / 400e12, 1 / 2e12, 20e-6]  # seconds a flop, a flop, a byte, a layer: a GPU's
+ALONE = [
+    1 / 700e12,
+    1 / 400e12,
+    1 / 2.6e12,
+    60e-6,
+]  # measured by itself: a large square product, ...
+
+
+def passes_of(kinds: list[tuple[float, float, float, float]]) -> tuple[list[list[float]], list[float]]:
+    rows = [list(kind) for kind in kinds]
+    return rows, [sum(r * x for r, x in zip(TRUE, row, strict=True)) for row in rows]
+
+
+def test_rates_that_the_passes_determine_are_found() -> None:
+    rows, times = passes_of(
+        [(a * 4e12, b * 1e12, c * 6e9, d) for a, b, c, d in ((1, 1, 1, 2), (2, 1, 3, 2), (1, 4, 2, 2), (0.1, 0.1, 0.1, 900))]
+    )
+    found, missed = fit(rows, times, ALONE)
+    assert found == pytest.approx(TRUE, rel=0.03) and missed < 0.01
+
+
+def test_rates_that_the_passes_leave_open_stay_near_what_was_measured_alone() -> None:
+    """Layers of one shape at three micro-batches: all columns but the last grow together.
+
+    Least squares alone gave one of them everything, and the others an infinite rate.
+    """
+    rows, times = passes_of([(n * 4e12, n * 1e12, n * 6e9, 2.0) for n in (1, 2, 4)])
+    free = solve(rows, times)
+    assert 0.0 in free[:3]  # as it was: one of them costs nothing
+    found, missed = fit(rows, times, ALONE)
+    assert missed < 0.02
+    for each, true, alone, (least, most) in zip(found, TRUE, ALONE, BOUNDS, strict=True):
+        assert least * alone * 0.999 <= each <= most * alone * 1.001
+        assert each == pytest.approx(true, rel=0.4, abs=50e-6)
+    # and another mix of work, a narrower layer, is predicted
+    other, (time_,) = passes_of([(2e12, 0.5e12, 5e9, 2.0)])
+    assert sum(r * x for r, x in zip(found, other[0], strict=True)) == pytest.approx(time_, rel=0.1)
+
+
+def test_a_rate_is_never_better_than_the_machine() -> None:
+    """Passes that were timed wrongly fast: no product gets faster than what the machine does at best."""
+    rows, times = passes_of([(n * 4e12, n * 1e12, n * 6e9, 2.0) for n in (1, 2, 4)])
+    found, missed = fit(rows, [t / 5 for t in times], ALONE)
+    assert 1 / found[0] <= 1.12 * 700e12 and missed > MISSED
+
+
+def test_a_fit_that_misses_its_own_passes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, times = passes_of([(n * 4e12, n * 1e12, n * 6e9, 2.0) for n in (1, 2, 4)])
+    assert fit(rows, times, ALONE)[1] < MISSED < fit(rows, [*times[:2], 3 * times[2]], ALONE)[1]  # one was disturbed
+    run = RunConfig(model=MODEL, train=TRAIN)
+    monkeypatch.setattr(planner, "calibrated", lambda run, ranks, anew: replace(H100, missed=0.4))
+    with pytest.raises(UserError, match=r"miss a pass that they were made from by 40%, more than 25%.* --measure"):
+        planner.choose_machine(run, planner.Wish(), 1)
+    monkeypatch.setattr(planner, "calibrated", lambda run, ranks, anew: replace(H100, missed=0.2))
+    assert planner.choose_machine(run, planner.Wish(), 1).missed == 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moe", [None, MoEConfig(expert_size=88)], ids=["dense", "experts"])
+def test_this_machine_has_possible_rates(moe: MoEConfig | None) -> None:
+    """No time is asserted, only that no rate is absurd."""
+    machine = calibrate(resolved("dp=1", replace(MODEL, hidden_size=128, moe=moe), batch_size=2), 1)
+    for rate in (machine.product_flops, machine.attention_flops, machine.activation_bandwidth):
+        assert 1e6 < rate < 1e14
+    assert 0 <= machine.launch < 1 and machine.backward > 0
 
 
 @pytest.mark.parametrize(
