@@ -666,9 +666,9 @@ draw_states(predicted, measured, P)
 # ### The library's version
 #
 # By hand everything was one vector, reduced after backward. `ShardedGradients` does it as `GradientBuckets` did:
-# buckets that set out during backward, in one order on all ranks, with flags. A bucket is a table with a row for each
-# rank; [rows.py](../picotron_mini/parallel/rows.py) draws it. These are the three methods that differ: where a
-# reduction starts, where it ends, and how the new weights get to everyone.
+# buckets that set out during backward, in one order on all ranks, with flags. In a bucket each parameter has a table
+# with a row for each rank; [rows.py](../picotron_mini/parallel/rows.py) draws it. These are the three methods that
+# differ: where a reduction starts, where it ends, and how the new weights get to everyone.
 
 # %% tags=["nbval-ignore-output"]
 for method in (ShardedGradients._start, ShardedGradients._finish_oldest, ShardedGradients.publish):

@@ -959,6 +959,13 @@ assert amounts[4] > amounts[1] / 4 * 1.3
 # the second, and the norm runs between them, on a part of the tokens. Backward they change roles, as a conjugate pair
 # does: the gradient of gathering is a reduce_scatter, that of scattering an all_gather. (arXiv 2205.05198 calls them
 # $g$ and $\bar g$.)
+#
+# *Which* tokens are a rank's own? The first $T/n$ of every sequence for rank 0, one might say. But an all_gather puts
+# what it receives one rank behind the other, and in memory the tokens lie one *sequence* behind the other: so both
+# sides of every exchange would have to be put in order, by a copy. A norm does not ask which tokens it gets. So the
+# $BT$ tokens of the micro-batch are taken as one row, and each rank has one run of it: with four sequences and two
+# ranks the first two, and the last two. $[B, T/n, D]$ is then a number of rows in a handy shape, and a gathered
+# $[B, T, D]$ is in order as it arrives (`by_rows` above).
 
 # %% tags=["nbval-ignore-output"]
 for piece in (collectives._GatherFrom, collectives._ScatterTo):
@@ -1028,13 +1035,24 @@ assert not broken.ok and "norm" in broken.first_divergence
 #   compute $dx$ first, start its sum, and compute $dW$ meanwhile.
 #
 # With sequence parallelism the entry's forward and the exit's backward gather, in parts too. To have $dx$ before *all*
-# $dW$, the linear layers of an entry (q, k, v; or gate, up) become one function:
+# $dW$, the linear layers of an entry (q, k, v; or gate, up) become one function. To the compiler it is an operator, as
+# each collective is: it knows the shapes that come out and does not look inside, so the layer stays one graph.
+
 
 # %% tags=["nbval-ignore-output"]
-print(inspect.getsource(overlap._Enter.backward))
-print(inspect.getsource(overlap._Leave.forward))
+def source_of(operator: str) -> str:
+    """The registered operators are objects of torch; their source stands in the module."""
+    after = inspect.getsource(overlap).split(f"def {operator}(")[1]
+    return f"def {operator}({after}".split("\n\n\n")[0]
+
+
+print(source_of("_multiply_and_sum"), source_of("_enter_backward"), sep="\n\n\n")
 
 # %% [markdown]
+# One thing changes with the parts: a gather of a part delivers the rows of *that part*, rank by rank. For them to be in
+# order, each rank must have a run of each part, and not one run of everything. A norm does not ask, so this is free as
+# well, and no product is ever put together from pieces: each is written where it belongs.
+#
 # `--tensor-overlap 2` turns it on, in two parts. The sums are the same and so are the bytes, so there is nothing to
 # predict anew:
 

@@ -184,7 +184,7 @@ print("rows of each expert:    ", small_choice.flatten().bincount(minlength=3).t
 
 # %% [markdown]
 # `order // K` is the token of a choice, because the choices of token $t$ are those from $tK$ on. The inverse of `order`
-# brings the rows back. In the library it is this, with room for choices that were dropped (-1, later):
+# (`place`) brings the rows back. In the library it is this, with room for choices that were dropped (-1, later):
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(local_dispatch))
@@ -201,9 +201,12 @@ print(f"output and all gradients equal the naive way within 1e-14: {worst < 1e-1
 assert worst < 1e-14
 
 # %% [markdown]
-# Nobody wrote a backward. The gradient of taking rows is adding them up where they came from, so the gradient of a
-# permutation is the other permutation, and autograd knows. The experts themselves are one tensor for each projection,
-# expert first. On a GPU in bf16 one call (`torch._grouped_mm`) multiplies all runs; on the CPU a loop does:
+# The gradient of taking rows is adding them up where they came from. Autograd would do just that, row by row; several
+# rows have the same token, so on a GPU they queue for it. But `place` says where a token's rows are. So `take` and
+# `combine` have a backward of their own, which gathers as well: the gradient of a permutation is the other permutation.
+#
+# The experts themselves are one tensor for each projection, expert first. On a GPU in bf16 one call
+# (`torch._grouped_mm`) multiplies all runs; on the CPU a loop does:
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(Experts.forward))

@@ -29,7 +29,7 @@ from .monitoring.peak import peak_flops
 from .monitoring.units import bytes_text
 from .parallel.parallelize import parallelize
 from .training.optimizer import make_optimizer
-from .training.step import train_step
+from .training.step import settle, train_step
 
 
 def bench(run: RunConfig, warmup: int = 3, profile: bool = False) -> dict[str, Any]:
@@ -93,7 +93,9 @@ def _on_rank(run: RunConfig, warmup: int, profile: bool) -> dict[str, Any]:
     optimizer = make_optimizer(parallel.trained, train)
     generator = torch.Generator().manual_seed(train.seed + mesh["dp"].index)
     seconds = []
-    for _ in range(warmup + train.steps):
+    for step in range(warmup + train.steps):
+        if step == warmup:
+            settle()
         batches = [_random(run, generator).to(device) for _ in range(train.micro_batches)]
         _wait(device)
         start = time.perf_counter()

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except RankError as error:
         if debug:
@@ -136,6 +137,18 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 128 + signal.SIGPIPE
     sys.exit(128 + signal.SIGTERM if code == STOPPED and sigterms else code)
+
+
+def _tell(error: UserError, patience: float = 3.0) -> None:
+    """Print what the user has to know: once, though under `torchrun` every rank may have found the same."""
+    from .launch import first_rank
+
+    if not first_rank():
+        try:
+            time.sleep(patience)  # rank 0 says it and leaves, and so torchrun ends this one; else it is this one's own
+        except KeyboardInterrupt:
+            return
+    print(f"error: {error}", file=sys.stderr)
 
 
 def _usage() -> str:

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions  # type: ignore[attr-defined]
 
 from .mesh import GROUPS, Axis
 
@@ -284,6 +285,34 @@ def reduce_scatter_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
         return Done()
     ledger.record(axis.key, "reduce_scatter", x)
     return _started(_scatter(out.view(-1), x.view(-1), group=axis.group, async_op=True))
+
+
+def all_gather_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Work:
+    """Start `all_gather_async` of several pairs of tensors as one: on NCCL they are one kernel, and share its latency.
+
+    Args:
+        outs, xs: each pair as there; of one dtype, and not none.
+    """
+    if axis.size == 1 or _rehearsing:  # torch has no such operator for tensors without memory
+        return [all_gather_async(out, x, axis) for out, x in zip(outs, xs, strict=True)][-1]
+    for x in xs:
+        ledger.record(axis.key, "all_gather", x)
+    return _several(axis, "allgather_into_tensor_coalesced", AllgatherOptions(), outs, xs)
+
+
+def reduce_scatter_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Work:
+    """Start `reduce_scatter_async` of several pairs of tensors as one, as `all_gather_several` does."""
+    if axis.size == 1 or _rehearsing:
+        return [reduce_scatter_async(out, x, axis) for out, x in zip(outs, xs, strict=True)][-1]
+    for x in xs:
+        ledger.record(axis.key, "reduce_scatter", x)
+    return _several(axis, "reduce_scatter_tensor_coalesced", ReduceScatterOptions(), outs, xs)
+
+
+def _several(axis: Axis, method: str, options: Any, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
+    options.asyncOp = True
+    start = getattr(axis.group, method)  # the sum is what its options ask for, unless they say otherwise
+    return _started(start([out.view(-1) for out in outs], [x.view(-1) for x in xs], options))
 
 
 def all_to_all_async(

@@ -186,10 +186,10 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
     if train.masters != "whole" and train.dtype != "bfloat16":
         found.append(f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters")
-    elif train.masters != "whole" and train.zero:
+    elif train.masters != "whole" and train.zero and train.place_every:
         found.append(
-            f"masters={train.masters} does not go with zero={train.zero}, which cuts the masters over dp; "
-            "use masters=whole or zero=0"
+            f"masters={train.masters} does not go with zero={train.zero} where experts move (place_every="
+            f"{train.place_every}); use masters=whole, zero=0 or place_every=0"
         )
     if train.compress != "none" and train.zero:
         found.append(f"compress={train.compress} is for whole gradients, and zero={train.zero} cuts them; use zero=0")

@@ -23,7 +23,9 @@ from .legality import layout_problems
 from .mesh import Axis, Mesh
 from .model.costs import parameters
 from .model.gpt import GPT, attend, init_weights
+from .model.permute import fused
 from .parallel.activations import share_of
+from .parallel.expert import mixtures, of_one_shape
 from .parallel.parallelize import DTYPES
 from .parallel.work import Work, forward_work
 from .training.optimizer import clip_factor, make_optimizer
@@ -162,9 +164,10 @@ def _pass(run: RunConfig, which: tuple[int, int, bool], device: torch.device) ->
     init_weights(model, 0)
     model = model.to(device, DTYPES[run.train.dtype])
     if run.train.compile:
-        for number, block in model.layers.items():
-            part = block.get_submodule("attention") if int(number) in run.model.moe_layers else block
-            part.forward = torch.compile(part.forward, fullgraph=True)
+        for part, name in [each for block in model.layers.values() for each in of_one_shape(block)]:
+            setattr(part, name, torch.compile(getattr(part, name), fullgraph=True))
+        for moe in mixtures(model):
+            moe.experts.passes = fused()
         model.cross_entropy = torch.compile(model.cross_entropy)
     shape = (micro_batch, run.train.seq_len)
     hidden = torch.randn(

@@ -40,7 +40,7 @@ from .record import Recorder
 from .training.lr import learning_rate
 from .training.migrate import Placer
 from .training.optimizer import make_optimizer, set_learning_rate
-from .training.step import evaluate, train_step
+from .training.step import evaluate, settle, train_step
 
 FINAL_EVAL = 10  # the last validation looks at this many times `eval_batches`, or at the whole split if it is smaller
 
@@ -170,8 +170,9 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
             with ledger.recording() as sent, recording(step == 0) as decided:
                 result = train_step(parallel, optimizer, share(text, step), stop.requested)
             done = step + 1
-            if step == 0 and run.mesh.ep > 1:
-                rows = _rows(run, decided)
+            if step == 0:
+                settle()
+                rows = _rows(run, decided) if run.mesh.ep > 1 else None
             if recorder:
                 recorder.step(done, result, lr, time.monotonic() - before, sent, rows)
             if result.stop:

@@ -707,6 +707,13 @@ def test_generate_speaks_once_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_mistake_is_told_once_under_torchrun() -> None:
+    done = under_torchrun("bench", "tp=3", "--device", "cpu")
+    assert done.returncode != 0
+    assert done.stderr.count("error: tp=3 does not divide") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.2, 0.8, 1.5, 2.2, 3.0, 4.0])
 def test_ctrl_c_while_it_starts(delay: float) -> None:
     """It reaches every process of the terminal: this one while it imports, the fork server, a rank that begins."""

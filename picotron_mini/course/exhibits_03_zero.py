@@ -6,11 +6,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from ..layout import Placement
-from ..parallel.rows import Cut
-from ..parallel.zero import ShardedGradients
+from ..parallel.zero import ShardedGradients, _Bucket
 from ..parallel.zero3 import ShardedWeights, _Unit
 from .museum import MODEL, TRAIN, Exhibit
 
@@ -42,13 +39,17 @@ def last_micro_batch_only() -> None:
 
 
 def rows_left_over() -> None:
-    """Only full rows of the buffer are copied: what an uneven parameter has beyond them is forgotten."""
-    real = Cut.pairs
+    """Only full parts of a table are sent: what an uneven parameter has beyond them is forgotten."""
+    real = ShardedGradients._start
 
-    def pairs(self: Cut, buffer: Tensor, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return real(self, buffer, whole)[:1]
+    def start(self: ShardedGradients, each: _Bucket) -> None:
+        if each.whole is not None:
+            for place in each.cuts:
+                full = place.parameter.numel() // place.columns * place.columns
+                place.table(each.whole, self.axis.size)[full:] = 0.0
+        real(self, each)
 
-    Cut.pairs = pairs
+    ShardedGradients._start = start
 
 
 def kept_over_the_step() -> None:

@@ -48,8 +48,8 @@ def weights_without_gradient() -> None:
     """The weights beside the rows are numbers for the receiver, so they are sent like the numbers of the experts."""
     real = dispatch.ExpertDispatch._start
 
-    def start(self: dispatch.ExpertDispatch, x: Tensor, weights: Tensor, plan: dispatch.Plan) -> Any:
-        return real(self, x, weights.detach(), plan)
+    def start(self: dispatch.ExpertDispatch, x: Tensor, weights: Tensor, *rest: Any) -> Any:
+        return real(self, x, weights.detach(), *rest)
 
     dispatch.ExpertDispatch._start = start
 

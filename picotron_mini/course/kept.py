@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
+from ..memory.masters import SplitMasters
 from ..mesh import Mesh
 from ..parallel.parallelize import parallelize
 from ..training.optimizer import make_optimizer
@@ -49,16 +50,18 @@ def kept(runs: Sequence[RunConfig]) -> list[tuple[int, int]]:
         for batch in batches:
             train_step(parallel, optimizer, [batch] * run.train.micro_batches)
         batches.clear()
-        for master in parallel.masters.values():
+        masters = parallel.masters
+        beside = masters.rests if isinstance(masters, SplitMasters) else masters
+        for master in beside.values():
             master.grad = None
         del batch
         rows = [row for unit in getattr(parallel.gradients, "units", []) for _, row in unit.buffers]
-        states = [*parallel.parameters.values(), *parallel.masters.values(), *rows]
+        states = [*parallel.parameters.values(), *beside.values(), *rows]
         weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in states}
         totals = []
         for _ in range(5):  # gloo's thread may hold what was sent last a moment longer
             totals.append(sum(n for at, n in storages().items() if before.get(at) != n))
             time.sleep(0.02)
         out.append((sum(weights.values()), min(totals)))
-        del parallel, optimizer, states, rows, master
+        del parallel, optimizer, states, rows, master, masters, beside
     return out

@@ -27,6 +27,8 @@ _PAYLOAD = {
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 1),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "allgather_into_tensor_coalesced_": ("all_gather", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
     "alltoall_base_": ("all_to_all", 1),
     "broadcast_": ("broadcast", 0),
     "send": ("send", 0),

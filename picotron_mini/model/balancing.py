@@ -28,9 +28,9 @@ Legend: N tokens of a step, n tokens of a pool, P pools, E experts, K experts a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,37 @@ class Sum(Protocol):
     def wait(self) -> object: ...
 
 
+class Tally(NamedTuple):
+    """What balance needs of one layer's routing of a micro-batch: of the tokens that are here."""
+
+    sums: Tensor  # [P, E], of probabilities; has a gradient
+    z: Tensor  # scalar, of squared log-sum-exps; has a gradient if it has a weight
+    counts: Tensor  # [P, E] int64, choices of each expert
+    own: Tensor  # [E] int64, the same in all pools
+    extra: Tensor  # [4] float64: dropped, unserved, not_finite, z
+
+
+def tally(routing: Routing, pools: int, sigmoid: bool, with_z: bool) -> Tally:
+    """Count and add up; all of one shape, so that it can be compiled.
+
+    Args:
+        pools: P.
+        sigmoid: scores are not probabilities yet.
+        with_z: z needs a gradient.
+    """
+    logits, probabilities = routing.logits, routing.scores
+    if sigmoid:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    sums = probabilities.unflatten(0, (pools, -1)).sum(1)  # [P, E]
+    z = (logits if with_z else logits.detach()).logsumexp(-1).square().sum()
+    counts = routing.chosen.unflatten(0, (pools, -1)).sum(1)  # [P, E]
+    none, own = routing.experts < 0, counts.sum(0)
+    dropped = own.sum() - (~none).sum()
+    odd = (~logits.detach().isfinite()).any(-1).sum()
+    extra = torch.stack([x.double() for x in (dropped, none.all(-1).sum(), odd, z.detach())])
+    return Tally(sums, z, counts, own, extra)
+
+
 @dataclass
 class _Layer:
     """One layer's routing of a micro-batch, as far as balance needs it."""
@@ -56,7 +87,7 @@ class _Layer:
     counts: Tensor  # [P, E] int64, of the whole pools once `sum` is waited for
     sum: Sum | None
     probabilities: Tensor  # [P, E], summed over the tokens that are here
-    extra: list[Tensor]  # dropped, unserved, not_finite, z: sums over the tokens that are here
+    extra: Tensor  # [4], as in `Tally`
 
     def total(self) -> Tensor:
         """Counts [P, E] of the whole pools; waits for them if they are under way."""
@@ -75,14 +106,15 @@ class Balance:
         pools: P, which have tokens here, the same number each, one pool behind the other.
         share: what this device's loss counts: 1 / r where r devices compute the same one and add their gradients.
         start: start to add other devices' counts to these, in place; None: there are none.
+        tally: `tally`, or what a compiler has made of it.
     """
 
     def __init__(
         self, config: MoEConfig, tokens: int, pool: int, pools: int = 1, share: float = 1.0,
-        start: Callable[[Tensor], Sum] | None = None,
+        start: Callable[[Tensor], Sum] | None = None, tally: Callable[[Routing, int, bool, bool], Tally] = tally,
     ) -> None:  # fmt: skip
         self.config, self.tokens, self.pool, self.pools = config, tokens, pool, pools
-        self.share, self.start = share, start
+        self.share, self.start, self.tally = share, start, tally
         self.layers: dict[int, _Layer] = {}
 
     def observe(self, layer: int, routing: Routing, y: Tensor) -> Tensor:
@@ -91,24 +123,13 @@ class Balance:
         A layer that computes its forward again is noted once.
         """
         config = self.config
-        probabilities = routing.scores
-        if config.score == "sigmoid":
-            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-        sums = probabilities.unflatten(0, (self.pools, -1)).sum(1)  # [P, E]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.z_weight > 0):  # else nothing is kept for it
-            z = routing.logits.logsumexp(-1).square().sum()
+        with_loss = self._has_aux or config.z_weight > 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and with_loss):  # else nothing is kept for it
+            seen = self.tally(routing, self.pools, config.score == "sigmoid", config.z_weight > 0)
         if layer not in self.layers:
-            counts = routing.chosen.unflatten(0, (self.pools, -1)).sum(1)  # [P, E]
-            none = routing.experts < 0
-            dropped = routing.chosen.sum() - (~none).sum()
-            odd = (~routing.logits.detach().isfinite()).any(-1).sum()
-            own = counts.sum(0)
-            under_way = self.start(counts) if self.start is not None and self._has_aux else None
-            extra = [dropped, none.all(-1).sum(), odd, z.detach()]
-            self.layers[layer] = _Layer(own, counts, under_way, sums.detach(), extra)
-        if not (self._has_aux or config.z_weight):
-            return y
-        return attach(y, sums, z, lambda: self._gradients(layer))
+            under_way = self.start(seen.counts) if self.start is not None and self._has_aux else None
+            self.layers[layer] = _Layer(seen.own, seen.counts, under_way, seen.sums.detach(), seen.extra)
+        return attach(y, seen.sums, seen.z, lambda: self._gradients(layer)) if with_loss else y
 
     @property
     def _has_aux(self) -> bool:
@@ -121,14 +142,24 @@ class Balance:
     def _gradients(self, layer: int) -> tuple[Tensor, float]:
         """Of the weighted losses by the probability sums [P, E], and by the sum of squares."""
         aux = self.config.aux_weight * self.share * self._factor() if self._has_aux else 0.0
-        return self.layers[layer].total().double() * aux, self.config.z_weight * self.share / self.tokens
+        seen = self.layers[layer]
+        return seen.total().to(seen.probabilities.dtype) * aux, self.config.z_weight * self.share / self.tokens
 
     def numbers(self, layer: int) -> Tensor:
         """[E + 5] float64, to be summed over micro-batches and devices: rows chosen of each expert, then `EXTRA`."""
-        seen = self.layers[layer]
-        *counted, z = (x.double() for x in seen.extra)
-        aux = (seen.total() * seen.probabilities.double()).sum() * self._factor() * self._has_aux
-        return torch.cat([seen.own.double(), torch.stack([*counted, aux, z / self.tokens])])
+        return numbers([self], [layer])[0]
+
+
+def numbers(micro_batches: Sequence[Balance], layers: Iterable[int]) -> Tensor:
+    """Of a step's micro-batches together, [layers, E + 5] float64: rows chosen of each expert, then `EXTRA`."""
+    every = [[balance.layers[layer] for balance in micro_batches] for layer in layers]  # [L][m]
+    one, flat = micro_batches[0], [seen for row in every for seen in row]
+    counts = torch.stack([seen.total() for seen in flat]).double()  # [L m, P, E]
+    aux = (counts * torch.stack([seen.probabilities for seen in flat])).sum((1, 2)) * (one._factor() * one._has_aux)
+    extra = torch.stack([seen.extra for seen in flat])  # [L m, 4]
+    own = torch.stack([seen.own for seen in flat]).double()  # [L m, E]
+    each = torch.cat([own, extra[:, :3], aux[:, None], extra[:, 3:] / one.tokens], 1)
+    return each.unflatten(0, (len(every), -1)).sum(1)
 
 
 def attach(y: Tensor, sums: Tensor, z: Tensor, gradients: Callable[[], tuple[Tensor, float]]) -> Tensor:
@@ -141,14 +172,19 @@ class _Attach(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, sums: Tensor, z: Tensor, gradients: Callable[[], tuple[Tensor, float]]) -> Tensor:
         ctx.gradients = gradients
-        ctx.like = sums.dtype, z.dtype, z.device
+        ctx.like = z.dtype, z.device
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         of_sums, of_z = ctx.gradients()
-        dtype, z_dtype, device = ctx.like
-        return grad, of_sums.to(dtype), torch.full((), of_z, dtype=z_dtype, device=device), None
+        dtype, device = ctx.like
+        return (
+            grad,
+            of_sums,
+            torch.full((), of_z, dtype=dtype, device=device) if ctx.needs_input_grad[2] else None,
+            None,
+        )
 
 
 def move_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:

@@ -96,9 +96,9 @@ def layer_activation_bytes(config: ModelConfig, bytes_per_number: int = 4, layer
     scores again (arXiv 2205.14135). torch.compile keeps less.
 
     With experts (dropless, softmax, normalised) each of the K rows of a token keeps its input and output (D each) and
-    what an MLP keeps (4 I); the router its scores (E, and E + 1 more for a z-loss), the K chosen ones and their weights
-    and two sums, and of each row three int64 indices; where compute is narrower than float32 the router keeps its input
-    widened, and the norm's output only a shared expert.
+    gate, up and their product (3 I: silu(gate) is computed again); the router its scores (E, and E + 1 more for a
+    z-loss), the K chosen ones and their weights and two sums, and of each row four int64 indices; where compute is
+    narrower than float32 the router keeps its input widened, and the norm's output only a shared expert.
     """
     heads, all_heads, head_dim = config.num_heads, config.num_heads + config.num_kv_heads, _head_dim(config)
     wide = 2 * (2 * config.hidden_size + 1) + heads
@@ -107,12 +107,12 @@ def layer_activation_bytes(config: ModelConfig, bytes_per_number: int = 4, layer
     narrow = 2 * config.hidden_size + (2 * all_heads + heads) * head_dim
     if (moe := config.moe) is None or layer not in config.moe_layers:
         return wide * max(4, bytes_per_number) + (narrow + 4 * config.intermediate_size) * bytes_per_number
-    narrow += moe.top_k * (2 * config.hidden_size + 4 * moe.expert_size) + 4 * moe.shared_size
+    narrow += moe.top_k * (2 * config.hidden_size + 3 * moe.expert_size) + 4 * moe.shared_size
     wide += moe.num_experts + 2 * moe.top_k + 2 + (moe.num_experts + 1 if moe.z_weight else 0)
     if bytes_per_number < 4:
         wide += config.hidden_size
         narrow -= 0 if moe.shared_size else config.hidden_size
-    return wide * max(4, bytes_per_number) + narrow * bytes_per_number + 24 * moe.top_k
+    return wide * max(4, bytes_per_number) + narrow * bytes_per_number + 32 * moe.top_k
 
 
 def activation_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:

@@ -189,9 +189,15 @@ class Block(nn.Module):
         pool: Pool | None = None,
     ) -> Tensor:  # fmt: skip
         """x [B, T, D] -> [B, T, D]; cos and sin as from `rope`, documents, cache and pool as in `GPT.forward`."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, documents, cache)
-        h = self.mlp_norm(x)
+        x, h = self.first_half(x, cos, sin, documents, cache)
         return x + (self.mlp(h, pool) if isinstance(self.mlp, MoE) else self.mlp(h))
+
+    def first_half(
+        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, T, D] with attention added, and the second half's input."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, documents, cache)
+        return x, self.mlp_norm(x)
 
 
 class GPT(nn.Module):

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picotron_mini.config import ConfigError, MoEConfig
+from picotron_mini.model.permute import PLAIN, Passes, combine, gated, take
 from picotron_mini.model.routing import (
     Routing,
     choose,
@@ -117,7 +118,11 @@ def fits_grouped(rows: Tensor, weight: Tensor) -> bool:
 
 
 class Experts(nn.Module):
-    """The MLPs, as one tensor for each projection. How many there are, and how wide, is read from the weights."""
+    """The MLPs, as one tensor for each projection. How many there are, and how wide, is read from the weights.
+
+    Attributes:
+        passes: with which rows are moved and multiplied element by element, to the experts and in them.
+    """
 
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
@@ -125,6 +130,7 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(inner))
         self.up = nn.Parameter(torch.empty(inner))
         self.down = nn.Parameter(torch.empty(config.num_experts, width, config.expert_size))  # [E, D, I]
+        self.passes: Passes = PLAIN
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Each row through its expert.
@@ -139,12 +145,12 @@ class Experts(nn.Module):
         if fits_grouped(rows, self.gate):
             ends = counts.cumsum(0).to(torch.int32)  # stays on the device: the host need not know it
             gate, up = (torch._grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
-            return torch._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+            return torch._grouped_mm(gated(gate, up, self.passes), self.down.transpose(1, 2), offs=ends)
         weights = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
         # without values (on the meta device, where shapes are all that is asked for) nothing was counted
         sizes = counts.tolist() if not rows.is_meta else [len(rows), *[0] * (len(self.gate) - 1)]
         parts = [  # an expert without rows too: so each weight has a gradient, zeros
-            F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+            F.linear(gated(F.linear(x, gate), F.linear(x, up), self.passes), down)
             for x, (gate, up, down) in zip(rows.split(sizes), weights, strict=True)
         ]
         return torch.cat(parts)
@@ -162,30 +168,23 @@ def local_dispatch(
         weights: [N, K].
         run: all experts.
         shared: the shared expert, which every token passes.
-        routed: how many of `experts` are not -1, where the caller knows; else a GPU would have to be asked.
+        routed: how many rows to make: as many as there are choices of an expert, or N K, of which those too many pass
+            an expert and count for nothing. None: as few as there can be; a GPU is asked how many, and waited for.
 
     Returns:
         [N, D], zeros for a token without an expert, plus what the shared expert makes of it.
     """
-    number, k = experts.shape
-    key = experts.flatten()  # [N * K]
-    # what has no expert goes behind all others
-    order = torch.where(key < 0, len(run.gate), key).argsort(stable=True)
-    counts = torch.zeros(len(run.gate) + 1, dtype=torch.int64, device=x.device)
-    counts = counts.scatter_add_(0, torch.where(key < 0, len(run.gate), key), torch.ones_like(key))[:-1]
     if routed is None:
-        routed = int((key >= 0).sum()) if not key.is_meta else len(key)
-    out = run(x[order[:routed] // k], counts)  # [M, D]
-    if routed < number * k:
-        out = torch.cat([out, out.new_zeros(number * k - routed, out.shape[1])])
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    each = out[back].unflatten(0, (number, k))  # [N, K, D]
-    y = (each * weights[..., None]).sum(1).to(x.dtype)
+        routed = int((experts >= 0).sum()) if not experts.is_meta else experts.numel()
+    order, token, place, counts = run.passes.sort(experts, len(run.gate), routed == experts.numel())
+    order, token = order[:routed], token[:routed]
+    rows = take(x, token, place, run.passes)  # [M, D]
+    y = combine(run(rows, counts), weights, order, token, place, run.passes)
     return y if shared is None else y + shared(x)
 
 
 def dispatch_all(x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None = None) -> Tensor:
-    """`local_dispatch` where every token has all its experts: nothing has to be counted, so no GPU is waited for."""
+    """`local_dispatch` with N K rows, which is right whether choices were dropped or not, and waits for no GPU."""
     return local_dispatch(x, experts, weights, run, shared, routed=experts.numel())
 
 
@@ -198,8 +197,8 @@ class MoE(nn.Module):
         self.router = Router(config, width)
         self.experts = Experts(config, width)
         self.shared = shared
-        drops = config.capacity is not None or config.choice == "expert"
-        self.dispatch: Dispatch = local_dispatch if drops else dispatch_all
+        # of N E choices by experts most are none
+        self.dispatch: Dispatch = local_dispatch if config.choice == "expert" else dispatch_all
 
     def forward(self, x: Tensor, pool: Pool | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
@@ -217,21 +216,29 @@ class MoE(nn.Module):
             wide = flat.to(torch.promote_types(x.dtype, torch.float32))
             key = ((pool.seed << 32) + pool.step << 16) + self.layer
             flat = wide * noise(config.jitter, key, pool.index.flatten(), width, wide.dtype)
-        logits = self.router(flat)  # [N, E]
-        scores = score(config, logits)
         if config.choice == "expert":
+            logits = self.router(flat)  # [N, E]
+            scores = score(config, logits)
             whole = pool.whole(scores.detach().view(batch, tokens, -1))  # [B, T, E]
             taken = pool.part(choose_tokens(whole, room(config, whole.shape[1]))).flatten(0, 1)  # [N, E]
             number = torch.arange(config.num_experts, device=x.device)
             return Routing(torch.where(taken, number, -1), weigh_taken(config, scores, taken), logits, scores, taken)
-        experts = choose(config, scores, self.router.bias)  # [N, K]
-        weights = weigh(config, scores, experts)
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, True)
+        routing = self.decide(flat)
         if config.capacity is not None and pool.limit:
-            whole = pool.whole(experts.view(batch, tokens, -1))  # [B, T, K]
+            whole = pool.whole(routing.experts.view(batch, tokens, -1))  # [B, T, K]
             kept = pool.part(keep(whole, config.num_experts, room(config, whole.shape[1]))).flatten(0, 1)
-            experts, weights = experts.masked_fill(~kept, -1), weights.masked_fill(~kept, 0.0)
-        return Routing(experts, weights, logits, scores, chosen)
+            return routing._replace(
+                experts=routing.experts.masked_fill(~kept, -1), weights=routing.weights.masked_fill(~kept, 0.0)
+            )
+        return routing
+
+    def decide(self, x: Tensor) -> Routing:
+        """Let each token of x [N, D] choose by itself: what needs to hear of no other token, and is of one shape."""
+        config, logits = self.config, self.router(x)
+        scores = score(config, logits)
+        experts = choose(config, scores, self.router.bias)  # [N, K]
+        chosen = (experts[..., None] == torch.arange(config.num_experts, device=x.device)).any(1)
+        return Routing(experts, weigh(config, scores, experts), logits, scores, chosen)
 
 
 def check_causal(config: MoEConfig) -> None:

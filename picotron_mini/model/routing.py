@@ -82,9 +82,12 @@ def keep(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
         [B, T, K] bool.
     """
     queue = experts.flatten(1)  # [B, T * K]: by position, then by choice
-    taken = torch.nn.functional.one_hot(queue, num_experts)  # [B, T * K, E]
-    place = taken.cumsum(1).gather(-1, queue[..., None]).squeeze(-1)  # 1 for the first of its expert
-    return (place <= capacity).view_as(experts)
+    order = queue.argsort(dim=1, stable=True)
+    number = torch.arange(num_experts, device=queue.device).expand(len(queue), -1).contiguous()
+    first = torch.searchsorted(queue.gather(1, order), number)  # [B, E]: where each expert's begin in that order
+    index = torch.arange(queue.shape[1], device=queue.device).expand_as(queue)
+    place = torch.empty_like(queue).scatter_(1, order, index) - first.gather(1, queue)  # 0 for the first of its expert
+    return (place < capacity).view_as(experts)
 
 
 def choose_tokens(scores: Tensor, capacity: int) -> Tensor:

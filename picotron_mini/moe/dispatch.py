@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from ..collectives import all_to_all_async
 from ..mesh import Axis
 from ..model.moe import Experts, local_dispatch
+from ..model.permute import PLAIN, Passes, compiled, gather, take
 from .exchange import UnevenExchange
 
 
@@ -53,45 +54,59 @@ class Plan:
     """Who sends what to whom, of one part of the tokens."""
 
     token: Tensor  # [S] the token of each row to be sent: by rank, then by token
+    place: Tensor  # [N, ranks] the row of each token that goes to each rank; -1: none goes
     local: Tensor  # [S, K] its choices as experts of the rank where it goes; -1: not there
     sends: list[int]  # rows to each rank; their sum is S
     receives: list[int]  # rows from each rank; their sum is R
     routed: int  # M, the rows that this rank's experts will see
 
 
-def plan(parts: Sequence[Tensor], axis: Axis, held: int, expected: Callable[[int], int] | None = None) -> list[Plan]:
+def by_rank(slots: Tensor, ranks: int, held: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The part of a plan that needs to hear of nobody, and no number of rows: those that are sent come first.
+
+    Args:
+        slots: [N, K] int64, the slots of each token's experts: slot s is expert s % held of rank s // held; -1: none.
+
+    Returns:
+        How many rows go to each rank, and how many choices are there [ranks, 2]; token [ranks N], local [ranks N, K]
+        and place [N, ranks], as `Plan` has them.
+    """
+    owner = torch.where(slots < 0, -1, slots // held)  # [N, K]
+    there = owner == torch.arange(ranks, device=slots.device)[:, None, None]  # [ranks, N, K]
+    need = there.any(2)  # [ranks, N]: whether the token goes there
+    order = (~need).flatten().to(torch.uint8).argsort(stable=True)  # [ranks N]
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    place = torch.where(need, back.view_as(need), -1).T.contiguous()
+    token, rank = order % len(slots), order // len(slots)
+    local = torch.where(owner[token] == rank[:, None], slots[token] % held, -1)
+    return torch.stack([need.sum(1), there.sum((1, 2))], 1), token, local, place
+
+
+def plan(
+    parts: Sequence[Tensor], axis: Axis, held: int, fuse: bool = False, expected: Callable[[int], int] | None = None
+) -> list[Plan]:
     """Agree on who sends what to whom. Every rank of the axis must call it.
 
     Args:
-        parts: [N, K] int64 each, the slots of each token's experts: slot s is expert s % held of rank s // held; -1: no
-            expert.
+        parts: [N, K] int64 each, slots as in `by_rank`.
         held: experts on each rank.
+        fuse: compile what comes before the exchange.
         expected: rows of so many tokens, for a dry run: its tensors have no values, so nothing was decided.
     """
-    ranks, outgoing, needs = axis.size, [], []
-    for slots in parts:
-        owner = torch.where(slots < 0, ranks, slots // held)  # [N, K]
-        need = torch.zeros(len(slots), ranks + 1, dtype=torch.bool, device=slots.device)
-        needs.append(need.scatter_(1, owner, True)[:, :ranks].T)  # [ranks, N]: whether the token goes there
-        load = torch.zeros(ranks + 1, dtype=torch.int64, device=slots.device)
-        load = load.scatter_add_(0, owner.flatten(), torch.ones_like(owner).flatten())[:ranks]  # choices, by rank
-        outgoing.append(torch.stack([needs[-1].sum(1), load], 1))  # [ranks, 2]
-    mine = torch.stack(outgoing, 1)  # [ranks, parts, 2]
-    theirs, ones = torch.empty_like(mine), [1] * ranks
-    all_to_all_async(theirs, mine, axis, ones, ones, "counts").wait()
+    ranks = axis.size
+    mine = [(compiled(by_rank) if fuse else by_rank)(slots, ranks, held) for slots in parts]
+    outgoing = torch.stack([numbers for numbers, *_ in mine], 1)  # [ranks, parts, 2]
+    theirs, ones = torch.empty_like(outgoing), [1] * ranks
+    all_to_all_async(theirs, outgoing, axis, ones, ones, "counts").wait()
     if expected is not None:
         numbers = [[[[to, to] for to in each] for each in _evenly(parts, ranks, expected)]] * 2
     else:
-        numbers = torch.stack([mine, theirs]).tolist()  # the one point where the host waits for the GPU
+        numbers = torch.stack([outgoing, theirs]).tolist()  # the one point where the host waits for the GPU
     plans = []
-    for number, (slots, need) in enumerate(zip(parts, needs, strict=True)):
+    for number, (_, token, local, place) in enumerate(mine):
         sends, receives = ([to[number][0] for to in each] for each in numbers)
-        # where the trues are, without asking the device how many: it has just told
-        where = need.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(sends)]
-        rank, token = where // len(slots), where % len(slots)  # [S] each
-        chosen = slots[token]  # [S, K]
-        local = torch.where(chosen // held == rank[:, None], chosen % held, -1)  # -1 // held is no rank
-        plans.append(Plan(token, local, sends, receives, sum(of[number][1] for of in numbers[1])))
+        rows = sum(sends)
+        plans.append(Plan(token[:rows], place, local[:rows], sends, receives, sum(of[number][1] for of in numbers[1])))
     return plans
 
 
@@ -126,8 +141,9 @@ class ExpertDispatch:
             log.append((self.layer, slots.tolist()))
         cut = [range(i * len(x) // self.parts, (i + 1) * len(x) // self.parts) for i in range(self.parts)]
         cuts = [slice(each.start, each.stop) for each in cut]
-        plans = plan([slots[each] for each in cuts], self.axis, self.held, self.expected)
-        going = [self._start(x[each], weights[each], plan) for each, plan in zip(cuts, plans, strict=True)]
+        passes = run.passes
+        plans = plan([slots[each] for each in cuts], self.axis, self.held, passes is not PLAIN, self.expected)
+        going = [self._start(x[each], weights[each], plan, passes) for each, plan in zip(cuts, plans, strict=True)]
         beside = None if shared is None else shared(x)
         coming = []
         for each, (rows, meta, trips) in zip(plans, going, strict=True):
@@ -136,19 +152,22 @@ class ExpertDispatch:
             out = local_dispatch(rows, local, weight, run, routed=each.routed)  # [R, D]
             back = UnevenExchange(self.axis, each.receives, each.sends)
             coming.append((back, back.start(out)))
-        y = x.new_zeros(x.shape)
-        for each, chunk, (back, arriving) in zip(plans, cuts, coming, strict=True):
-            y = y.index_add(0, each.token + chunk.start, back.wait(arriving))
+        found = [
+            gather(back.wait(arriving), each.token, each.place, passes)
+            for each, (back, arriving) in zip(plans, coming, strict=True)
+        ]
+        y = found[0] if self.parts == 1 else torch.cat(found)
         return y if beside is None else y + beside
 
     def _start(
-        self, x: Tensor, weights: Tensor, plan: Plan
+        self, x: Tensor, weights: Tensor, plan: Plan, passes: Passes
     ) -> tuple[Tensor, Tensor, tuple[UnevenExchange, UnevenExchange]]:
         """Let rows set out, and beside them [S, 2 K] the weights and, exact in float32, which experts they are for."""
         wide = torch.promote_types(weights.dtype, torch.float32)
-        meta = torch.cat([weights[plan.token].to(wide), plan.local.to(wide)], 1)
         trips = tuple(UnevenExchange(self.axis, plan.sends, plan.receives) for _ in range(2))
-        return trips[0].start(x[plan.token]), trips[1].start(meta), (trips[0], trips[1])
+        rows = trips[0].start(take(x, plan.token, plan.place, passes))  # under way while the rest is made
+        beside = [take(weights.to(wide), plan.token, plan.place, passes), plan.local.to(wide)]
+        return rows, trips[1].start(torch.cat(beside, 1)), (trips[0], trips[1])
 
 
 _LOGS: list[list[tuple[int, list[list[int]]]]] = []

@@ -81,8 +81,8 @@ def activations(run: RunConfig, experts: bool = False, skew: float = 1.0) -> Act
     tokens = train.micro_batch_size * train.seq_len // mesh.cp
     between = tokens // mesh.tp if train.sequence_parallel else tokens  # tokens outside the pairs
     vocabulary = -(-run.model.vocab_size // mesh.tp)
-    whole = layer_bytes(replace(model, moe=None), w, train.compile and not experts, tokens, between)
-    mlp = 4 * inner * w * tokens
+    whole = layer_bytes(replace(model, moe=None), w, train.compile, tokens, between)
+    mlp = (3 if train.compile else 4) * inner * w * tokens
     routing, gradients = 0, (3 * inner + 2 * width) * w * tokens
     largest = width * max(inner, model.num_heads * model.head_dim) * w
     if experts:
@@ -94,7 +94,7 @@ def activations(run: RunConfig, experts: bool = False, skew: float = 1.0) -> Act
     narrow = (
         w if train.compile and mesh.tp == 1 else wide
     )  # a compiled loss keeps logits, an eager one log-probabilities
-    norm = (2 * width + 1) * wide * between + width * w * tokens
+    norm = ((width * w + wide) if train.compile else (2 * width + 1) * wide) * between + width * w * tokens
     # in numbers of V: what is kept, and what the backward makes beside it
     number, more = (2, 3) if mesh.tp > 1 else (1, 1) if narrow < wide else (1, 2)
     loss, loss_backward = norm + number * vocabulary * narrow * tokens, more * vocabulary * narrow * tokens

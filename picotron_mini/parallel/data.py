@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ..collectives import Work, all_reduce_async, broadcast
 from ..mesh import Axis
 from .compress import Reduce
+from .rows import ALIGNED
 
 
 def broadcast_parameters(module: nn.Module, axis: Axis) -> None:
@@ -136,7 +137,8 @@ class GradientBuckets:
         size = sum(p.numel() for p in parameters) + len(parameters)
         new = _Bucket(torch.zeros(size, dtype=dtype, device=device), waiting=len(parameters))
         offset = 0
-        for parameter in parameters:
+        # whole multiples of 128 bytes first: so the others shift no view off the addresses that kernels are fast at
+        for parameter in sorted(parameters, key=lambda p: p.numel() % ALIGNED > 0):
             view = new.buffer[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
             slot = _Slot(parameter, view)

@@ -69,3 +69,15 @@ def expert_parallel(model: GPT, axis: Axis, parts: int = 1) -> None:
             part = weight.detach()[start:stop].clone()
             setattr(moe.experts, name, nn.Parameter(part, requires_grad=weight.requires_grad))
         moe.dispatch = ExpertDispatch(axis, number, parts, moe.layer)
+
+
+def of_one_shape(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Which functions of a layer see tensors of one shape, whatever a router decides: (module, name) to be compiled.
+
+    Of a dense layer all is one of them. How many rows an expert gets is known when it runs, so of a layer with experts
+    these are attention with both norms, the router, and the shared expert. Between them the passes over rows are
+    compiled for any number (`permute.fused`), products are single kernels, and exchanges are not compiled.
+    """
+    if not isinstance(moe := block.get_submodule("mlp"), MoE):
+        return [(block, "forward")]
+    return [(block, "first_half"), (moe, "decide"), *([(moe.shared, "forward")] if moe.shared is not None else [])]

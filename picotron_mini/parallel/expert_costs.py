@@ -11,14 +11,14 @@ all: M and R are multiplied by the skew. With ep = 1 a rank's own tokens are all
 
 What a mixture keeps from forward to backward, in numbers of the compute's width unless said, tp-th of I on a rank:
 
-    experts    M (D + 4 I)        each row's input, gate, up, silu(gate) and their product
-               R K D              each row's outputs, before they are weighed and added (R is t where ep = 1)
+    experts    M (2 D + 3 I)      each row's input and output, gate, up and their product
     routing    t E                scores, in float32 at least, as the next line; with a z-loss t (E + 1) more
                t (2 K + 2)        chosen scores, their sum, weights; with ep > 1 those of R rows, beside their experts
-               8 (t K + M + R K)  as int64: experts, the order of rows, and the way back; with ep > 1 16 S more
+               32 t K             as int64: experts, and the way of rows there and back (`model/permute.py`)
+      ep > 1   8 (t K + 2 ep t + 3 R K)      in place of it: the way to ranks and, of what came, to experts
 
 `costs.layer_activation_bytes` is the case tp = ep = 1, to the byte. What backward makes beside it: twice the gradients
-of the outputs (R K D each); later, when those are gone, the gradients of experts' weights, of all experts at once.
+of the outputs (M D each); later, when those are gone, the gradients of experts' weights, of all experts at once.
 
 Legend: t tokens of a rank, D width, E experts, h of them here, K a token, I inner width, M rows for experts, S sent, R
 received.
@@ -34,7 +34,7 @@ from .expert_traffic import ITEMSIZE, Rows, even_rows, even_step
 
 # Operators of a forward that do work, counted (a test counts them again): of a dense layer; of one with experts, what
 # each expert adds where a loop runs them, and what their exchange adds.
-DENSE, MIXED, EACH, EXCHANGE = 47, 69, 5, 35
+DENSE, MIXED, EACH, EXCHANGE = 47, 73, 5, 37
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,24 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
     assert moe is not None
     w = ITEMSIZE[train.dtype]
     wide, width, inner = max(w, 4), run.model.hidden_size, moe.expert_size // mesh.tp
-    outputs = rows.received * rows.columns * width * w
-    experts = rows.routed * (width + 4 * inner) * w + outputs + 4 * moe.shared_size // mesh.tp * rows.tokens * w
-    if w < 4:  # the router keeps its input widened; nobody but a shared expert keeps it as it was
+    experts = rows.routed * (2 * width + 3 * inner) * w + 4 * moe.shared_size // mesh.tp * rows.tokens * w
+    if w < 4 and not train.compile:  # the router keeps its input widened; only a shared expert keeps it as it was
         experts += rows.tokens * width * (4 if moe.shared_size else 4 - w)
     scores = moe.num_experts + (moe.num_experts + 1 if moe.z_weight else 0) + rows.columns + 2
-    routing = rows.tokens * (scores * wide + 8 * rows.columns) + 8 * (rows.routed + rows.received * rows.columns)
+    routing = rows.tokens * (scores * wide + 8 * rows.columns)
     if mesh.ep == 1:
-        routing += rows.tokens * rows.columns * wide
+        routing += rows.tokens * rows.columns * (wide + 24)
     else:
-        routing += 16 * rows.sent + 2 * rows.received * rows.columns * wide
-    # the gradient of one projection of all experts here. A loop makes those of each expert, then puts them together
-    one = moe.num_experts // mesh.ep * width * inner * w
-    late = rows.routed * width * w + (one if grouped(run) else 4 * one) - experts  # when what experts kept is dropped
+        routing += 16 * mesh.ep * rows.tokens + rows.received * rows.columns * (2 * wide + 24)
+    one = moe.num_experts // mesh.ep * width * inner * w  # the gradient of one projection of all experts here
+    outputs = rows.routed * width * (w + wide + (wide if w < 4 else 0))
+    if grouped(run):  # all experts' SwiGLU at once
+        made = max(outputs, 3 * rows.routed * inner * w)
+    else:  # a loop makes the weights' gradients of each expert, then puts them together: what experts kept is gone
+        made = max(outputs, rows.routed * width * w + 4 * one - experts)
     # of the layer's output, twice; where rows travel, their gradients as they leave and as they come
     passing = (2 * rows.tokens + (rows.sent + rows.received if mesh.ep > 1 else 0)) * width * w
-    return Mixture(int(experts), int(routing), int(passing + max(2 * outputs, late)))
+    return Mixture(int(experts), int(routing), int(passing + made))
 
 
 def grouped(run: RunConfig) -> bool:

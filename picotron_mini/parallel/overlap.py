@@ -15,26 +15,34 @@ gathers are started, and the product of a part runs while the next parts arrive.
     entry     forward     gather x_1  | gather x_2   | gather x_3
                                       | x_1 W'       | x_2 W'   | x_3 W'
 
-To have dx before dW the linear layers of a pair's entry (q, k, v; or gate, up) are one autograd function. The same
-sums as before, in the same bytes: 1 / parts of an exchange is exposed where all of it was, if links are no slower than
-the products. Many parts make small products, which a GPU computes less well, and pay the latency each.
+A gather of a part puts the ranks' rows of it one behind the other. So that they lie where they belong as they arrive,
+it is each part of the flattened tokens that is cut over the ranks (`by_rows`), and not the whole. With 2 parts, tp=2:
+
+    tokens        0  1  2  3  4  5 |  6  7  8  9 10 11
+                  part 1           |  part 2                      rank 0 has 0 1 2 and 6 7 8 between the pairs
+
+Then nothing is ever put together or in order: each product is written into its rows of the result.
+
+To have dx before dW the linear layers of a pair's entry (q, k, v; or gate, up) are one autograd function. What waits
+inside of it is an operator to the compiler, like each collective, so a block is compiled as one graph. The same sums as
+before, in the same bytes: 1 / parts of an exchange is exposed where all of it was, if links are no slower than the
+products. Many parts make small products, which a GPU computes less well, and pay the latency each.
 
 Papers: asynchronous tensor parallelism, Wang et al. (ASPLOS 2023); the order of dx and dW is Megatron-LM's. PyTorch's
 own: `torch.distributed._symmetric_memory` with a micro-pipeline of the compiler.
-Legend: B batch, T tokens, D width, F outputs of a rank's part of a weight.
+Legend: B batch, T tokens, D width, F outputs of a rank's part of a weight, N = B T, n rows between the pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..collectives import all_gather_async, all_reduce_async, reduce_scatter_async
+from ..collectives import Work, _operator, all_gather_async, all_reduce_async, reduce_scatter_async
 from ..layout import split
 from ..mesh import Axis, axis_with_key
 
@@ -46,115 +54,167 @@ def overlap(pair: nn.Module, enter: Sequence[str], leave: str, axis: Axis, parts
         pair: attention or MLP, its weights cut already.
         enter: names of the linear layers that take the pair's input, in the order in which it calls them.
         leave: name of the linear layer that makes its output.
-        sequence_parallel: input and output are [B, T/tp, D], not [B, T, D].
+        sequence_parallel: input and output are a rank's rows of each part of the tokens, [B, T/tp, D], not [B, T, D].
     """
-    layers = [pair.get_submodule(name) for name in enter]
-    ready: list[Tensor] = []  # what the layers of the entry have computed and not handed out
 
-    @torch.compiler.disable
-    def entry(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def entry(pair: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        layers = [pair.get_submodule(name) for name in enter]
         weights = [layer.get_parameter("weight") for layer in layers]
-        whole, *ready[:] = _Enter.apply(axis.key, parts, sequence_parallel, inputs[0], *weights)
-        return whole, *inputs[1:]
+        products = _Enter.apply(axis.key, parts, sequence_parallel, inputs[0], *weights)
+        for layer, product in zip(layers, products, strict=True):
+            layer.product = product
+        return products[0], *inputs[1:]  # in place of all of x, of which no more than B and T are asked for
 
-    @torch.compiler.disable
-    def hand_out(x: Tensor) -> Tensor:
-        return ready.pop(0)
-
-    last = pair.get_submodule(leave)
-
-    @torch.compiler.disable
-    def exit_(h: Tensor) -> Tensor:
+    def exit_(last: nn.Module, h: Tensor) -> Tensor:
         return _Leave.apply(axis.key, parts, sequence_parallel, h, last.get_parameter("weight"))
 
     pair.register_forward_pre_hook(entry)
-    for layer in layers:
-        layer.forward = hand_out
-    last.forward = exit_
+    for name in enter:
+        _replace_forward(pair.get_submodule(name), _hand_out)
+    _replace_forward(pair.get_submodule(leave), exit_)
+
+
+def _replace_forward(layer: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    layer.forward = lambda x: forward(layer, x)  # a plain function, so that the compiler sees all layers as alike
+
+
+def _hand_out(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the pair's entry has computed for this layer already."""
+    product = layer.product
+    assert isinstance(product, Tensor)
+    del layer.product
+    return product
 
 
 class _Enter(Function):
-    """x -> (all of x, x W1', x W2', ...); the first without a gradient of its own, for its shape."""
+    """x [B, T, D], or the rank's rows [B, T/tp, D] of it -> x W1', x W2', ...: [B, T, F] each."""
 
     @staticmethod
-    def forward(ctx, key, parts, sequence_parallel, x, *weights):  # type: ignore[no-untyped-def]
-        ctx.axis, ctx.sequence_parallel = axis_with_key(key), sequence_parallel
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        # not `ctx, key, ..., *weights`: with two weights the compiler would take the context for left out
+        key, parts, sequence_parallel, x, *weights = inputs
+        ctx.how = key, parts, sequence_parallel
+        rows = x.flatten(0, 1)
         if sequence_parallel:
-            x, products = _gather(x, ctx.axis, parts, weights)
+            rows, *products = _gather_and_multiply(rows, weights, key, parts)
         else:
-            x, products = x.view_as(x), [F.linear(x, weight) for weight in weights]  # [B, T, F] each
-        ctx.save_for_backward(x, *weights)
-        ctx.mark_non_differentiable(x)
-        return x, *products
+            products = [rows @ weight.T for weight in weights]
+        ctx.save_for_backward(rows, *weights)
+        return tuple(product.unflatten(0, (len(x), -1)) for product in products)
 
     @staticmethod
-    def backward(ctx, _, *dys):  # type: ignore[no-untyped-def]
-        x, *weights = ctx.saved_tensors
-        tokens = 0 if ctx.sequence_parallel else 1  # the dim of tokens in dx
-        dys = tuple(dy.movedim(1, tokens) for dy in dys)
-        dx = dys[0] @ weights[0]  # this rank's share: [B, T, D]; with sequence parallelism [T, B, D]
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx.view(-1, dx.shape[-1]).addmm_(dy.flatten(0, 1), weight)
-        total = dx
-        if ctx.sequence_parallel:
-            total = dx.new_empty((dx.shape[0] // ctx.axis.size, *dx.shape[1:]))
-            work = reduce_scatter_async(total, dx, ctx.axis)
-        else:
-            work = all_reduce_async(dx, ctx.axis)
-        wanted, x = ctx.needs_input_grad[4:], x.movedim(1, tokens)
-        dws = [_weight_gradient(dy, x) if want else None for dy, want in zip(dys, wanted, strict=True)]
-        work.wait()
-        return None, None, None, total.movedim(tokens, 1), *dws
+    def backward(ctx, *dys):  # type: ignore[no-untyped-def]
+        rows, *weights = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        found = iter(_enter_backward([dy.flatten(0, 1) for dy in dys], rows, weights, *ctx.how, wanted))
+        dx, *dws = [next(found) if want else None for want in wanted]
+        return None, None, None, dx if dx is None else dx.unflatten(0, (len(dys[0]), -1)), *dws
 
 
 class _Leave(Function):
-    """h -> the sum over ranks of h W'; with sequence parallelism this rank's tokens of it."""
+    """h [B, T, F] -> the sum over ranks of h W', [B, T, D]; with sequence parallelism this rank's rows [B, T/tp, D]."""
 
     @staticmethod
     def forward(ctx, key, parts, sequence_parallel, h, weight):  # type: ignore[no-untyped-def]
-        axis = axis_with_key(key)
-        ctx.axis, ctx.parts, ctx.sequence_parallel = axis, parts, sequence_parallel
-        ctx.save_for_backward(h, weight)
-        ranks = axis.size if sequence_parallel else 1
-        shares = h.movedim(1, 0).unflatten(0, (ranks, -1))  # [ranks, T/ranks, B, F]
-        out, under_way = [], []
-        for piece in _pieces(shares.shape[1], parts):
-            y = F.linear(shares[:, piece].flatten(0, 1), weight)  # of each rank's tokens the same piece
-            out.append(y.new_empty((y.shape[0] // ranks, *y.shape[1:])) if sequence_parallel else y)
-            under_way.append(reduce_scatter_async(out[-1], y, axis) if sequence_parallel else all_reduce_async(y, axis))
-        for work in under_way:
-            work.wait()
-        return torch.cat(out).movedim(0, 1)
+        ctx.how = key, parts, sequence_parallel
+        rows = h.flatten(0, 1)
+        ctx.save_for_backward(rows, weight)
+        return _multiply_and_sum(rows, weight, *ctx.how).unflatten(0, (len(h), -1))
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        h, weight = ctx.saved_tensors
-        if ctx.sequence_parallel:
-            dy, (dh,) = _gather(dy, ctx.axis, ctx.parts, [weight.T])
+        rows, weight = ctx.saved_tensors
+        key, parts, sequence_parallel = ctx.how
+        batch, dy = len(dy), dy.flatten(0, 1)
+        if sequence_parallel:
+            dy, dh = _gather_and_multiply(dy, [weight.T], key, parts)
         else:
             dh = dy @ weight
-        return None, None, None, dh, _weight_gradient(dy, h) if ctx.needs_input_grad[4] else None
+        dw = _weight_gradient(dy, rows) if ctx.needs_input_grad[4] else None
+        return None, None, None, dh.unflatten(0, (batch, -1)), dw
 
 
-def _gather(x: Tensor, axis: Axis, parts: int, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """All ranks' tokens of x [B, T/tp, D] as [B, T, D], and its product with each weight [F, D], part by part."""
-    x = x.movedim(1, 0).contiguous()  # [T/tp, B, D]
-    pieces = _pieces(x.shape[0], parts)
-    buffers = [x.new_empty((axis.size, piece.stop - piece.start, *x.shape[1:])) for piece in pieces]
-    works = [all_gather_async(buffer, x[piece], axis) for buffer, piece in zip(buffers, pieces, strict=True)]
-    products: list[list[Tensor]] = [[] for _ in weights]
-    for buffer, work in zip(buffers, works, strict=True):
+def _size(key: str) -> int:
+    return key.count(",") + 1
+
+
+@_operator(
+    "gather_and_multiply(Tensor x, Tensor[] weights, str key, int parts) -> Tensor[]",
+    lambda x, weights, key, _: [x.new_empty((len(x) * _size(key), n)) for n in (x.shape[1], *map(len, weights))],
+)
+def _gather_and_multiply(x: Tensor, weights: Sequence[Tensor], key: str, parts: int) -> list[Tensor]:
+    """All ranks' rows of x [n, D] as [N, D], and its product [N, F] with each weight [F, D], part by part."""
+    axis, x = axis_with_key(key), x.contiguous()
+    whole, *products = [x.new_empty((len(x) * axis.size, n)) for n in (x.shape[1], *map(len, weights))]
+    pieces = _pieces(len(x), parts, axis.size)
+    works = [all_gather_async(whole[of_all], x[mine], axis) for mine, of_all in pieces]
+    for (_, of_all), work in zip(pieces, works, strict=True):
         work.wait()
         for product, weight in zip(products, weights, strict=True):
-            product.append(F.linear(buffer, weight))  # [tp, T/tp/parts, B, F]
-    whole, *wholes = (torch.cat(of, dim=1).flatten(0, 1).movedim(0, 1) for of in (buffers, *products))
-    return whole, wholes
+            torch.mm(whole[of_all], weight.T, out=product[of_all])
+    return [whole, *products]
+
+
+@_operator(
+    "multiply_and_sum(Tensor h, Tensor weight, str key, int parts, bool sequence_parallel) -> Tensor",
+    lambda h, weight, key, _, rows_only: h.new_empty((len(h) // (_size(key) if rows_only else 1), len(weight))),
+)
+def _multiply_and_sum(h: Tensor, weight: Tensor, key: str, parts: int, sequence_parallel: bool) -> Tensor:
+    """The sum over ranks of h W' [N, D] from h [N, F] and weight [D, F], part by part; or the rank's rows of it."""
+    axis = axis_with_key(key)
+    ranks = axis.size if sequence_parallel else 1
+    out = h.new_empty((len(h) // ranks, len(weight)))
+    under_way = []
+    for mine, of_all in _pieces(len(out), parts, ranks):
+        y = h[of_all] @ weight.T if sequence_parallel else torch.mm(h[of_all], weight.T, out=out[mine])
+        under_way.append((_sum(out[mine], y, axis, sequence_parallel), y))  # y must live until it is sent
+    for work, _ in under_way:
+        work.wait()
+    return out
+
+
+def _shapes_of_gradients(
+    dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], key: str, parts: int, rows_only: bool, wanted: Any
+) -> list[Tensor]:
+    dx = x.new_empty((len(x) // (_size(key) if rows_only else 1), x.shape[1]))
+    return [torch.empty_like(each) for each, want in zip((dx, *weights), wanted, strict=True) if want]
+
+
+@_operator(
+    "enter_backward(Tensor[] dys, Tensor x, Tensor[] weights, str key, int parts, bool rows_only, bool[] wanted)"
+    " -> Tensor[]",
+    _shapes_of_gradients,
+)
+def _enter_backward(
+    dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], key: str, parts: int, sequence_parallel: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Those that are wanted of dx, summed over ranks, [N, D] or the rank's rows of it, and of each dW [F, D]."""
+    axis, out, works = axis_with_key(key), list[Tensor](), list[Work]()
+    ranks = axis.size if sequence_parallel else 1
+    if wanted[0]:
+        dx = dys[0] @ weights[0]  # this rank's share: [N, D]
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            dx.addmm_(dy, weight)
+        out = [dx.new_empty((len(dx) // ranks, dx.shape[1])) if sequence_parallel else dx]
+        for mine, of_all in _pieces(len(out[0]), parts if sequence_parallel else 1, ranks):
+            works.append(_sum(out[0][mine], dx[of_all], axis, sequence_parallel))
+    out += [_weight_gradient(dy, x) for dy, want in zip(dys, wanted[1:], strict=True) if want]
+    for work in works:
+        work.wait()
+    return out
+
+
+def _sum(out: Tensor, share: Tensor, axis: Axis, sequence_parallel: bool) -> Work:
+    """Start adding up the ranks' shares [rows, D]: in place, or with sequence parallelism this rank's rows into out."""
+    return reduce_scatter_async(out, share, axis) if sequence_parallel else all_reduce_async(share, axis)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dW [F, D] of y = x W' from dy [.., .., F] and x [.., .., D]."""
-    return dy.flatten(0, 1).T @ x.flatten(0, 1)
+    """dW [F, D] of y = x W' from dy [N, F] and x [N, D]."""
+    return dy.T @ x
 
 
-def _pieces(tokens: int, parts: int) -> list[slice]:
-    return [slice(start, stop) for start, stop in split(tokens, parts) if start < stop]
+def _pieces(rows: int, parts: int, ranks: int) -> list[tuple[slice, slice]]:
+    """The parts of a rank's rows, each with where the rows of all ranks begin and end in the whole."""
+    return [(slice(a, b), slice(a * ranks, b * ranks)) for a, b in split(rows, parts) if a < b]

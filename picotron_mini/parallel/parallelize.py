@@ -6,7 +6,7 @@
       context    replace attention by one that sees the whole sequence, of which this rank holds a part
     3 weights    draw each parameter by its global name and keep this rank's part: no layout changes the start
     4 precision  below float32 the weights are rounded copies of float32 masters
-    5 compile    the blocks, with the exchanges of 2 inside them
+    5 compile    the blocks, with the exchanges of 2 inside them, the last norm and the loss
     6 recompute  around what is compiled; and the loss in chunks
     7 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
 
@@ -29,13 +29,14 @@ from ..memory.recompute import recompute
 from ..mesh import Axis, Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
+from ..model.permute import fused
 from .actions import Route, route_of
 from .balance import balance
 from .compress import compression
 from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
-from .expert import expert_parallel, expert_shard, is_expert
+from .expert import expert_parallel, expert_shard, is_expert, mixtures, of_one_shape
 from .routers import Routers
 from .rows import alike
 from .several import SeveralBuckets, SeveralSharded, by_axis
@@ -203,10 +204,14 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
 
     # 5 compile
     if train.compile:
-        for number, block in [item for chunk in chunks for item in chunk.layers.items()]:
-            # how many rows an expert gets is known when it runs, so of such layers only the attention is compiled
-            part = block.get_submodule("attention") if int(number) in config.moe_layers else block
-            part.forward = torch.compile(part.forward, fullgraph=train.tensor_overlap == 1)  # it is not traced
+        for module, name in [
+            part for chunk in chunks for block in chunk.layers.values() for part in of_one_shape(block)
+        ]:
+            setattr(module, name, torch.compile(getattr(module, name), fullgraph=True))
+        for moe in [moe for chunk in chunks for moe in mixtures(chunk)]:
+            moe.experts.passes = fused()
+        for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
+            norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
         if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
             for chunk in chunks:
                 chunk.cross_entropy = torch.compile(chunk.cross_entropy)
@@ -217,6 +222,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunked_loss(chunk, train.loss_chunks)
 
     # 7 data
+    kept: Mapping[str, Tensor] = masters
     if train.zero:
         cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
         rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
@@ -225,8 +231,9 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             sharded.own(parameter).copy_(masters[name])
             if dtype == master_dtype:
                 masters[name] = sharded.own(parameter)
-        return Parallel(run, mesh, layout, tuple(chunks), parameters, masters, sharded, device, routers, deferred)
-    kept: Mapping[str, Tensor] = masters
+        if train.masters == "split":
+            kept = SplitMasters({n: sharded.own(p) for n, p in parameters.items()}, masters, fuse=train.compile)
+        return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, sharded, device, routers, deferred)
     if train.masters == "split":
         kept = SplitMasters(parameters, masters, fuse=train.compile)
         del masters, whole

@@ -32,7 +32,7 @@ from ..collectives import all_gather, all_reduce_async
 from ..config import RunConfig
 from ..data.loader import data_rows
 from ..mesh import Axis, Mesh
-from ..model.balancing import EXTRA, Balance, RoutingStats, move_bias
+from ..model.balancing import EXTRA, Balance, RoutingStats, move_bias, numbers, tally
 from ..model.gpt import GPT, router_bias_name
 from ..model.moe import MoE, Pool
 from .chunks import chunks as context_chunks
@@ -54,6 +54,7 @@ class Routers:
         self.step = 0
         self.micro_batches: list[Balance] = []
         self.axis = mesh.apart("dp_cp" if self.config.aux_scope == "global" else "cp")
+        self.tally = torch.compile(tally) if run.train.compile else tally
         self._publish()
 
     def pools(self, training: bool, number: int) -> list[Pool]:
@@ -71,7 +72,7 @@ class Routers:
             index = torch.arange(start, start + size * length, device=self.device).view(size, length)
             balance = Balance(
                 self.config, every, length if each else every // number, size if each else 1,
-                1 / self.mesh.shape.tp, partial(all_reduce_async, axis=self.axis),
+                1 / self.mesh.shape.tp, partial(all_reduce_async, axis=self.axis), self.tally,
             )  # fmt: skip
             self.micro_batches.append(balance)
             out.append(Pool(part(index), train.seed, self.step, whole, part, observe=balance.observe))
@@ -81,9 +82,9 @@ class Routers:
         """This rank's part of what is summed over all ranks at the end of a step: [L (E + 5)] float64."""
         width = self.config.num_experts + len(EXTRA)
         out = torch.zeros(len(self.layers), width, dtype=torch.float64, device=self.device)
-        if self.mesh["tp"].index == 0:
-            for layer in self.here:
-                out[layer - self.layers.start] = sum(b.numbers(layer) for b in self.micro_batches)
+        if self.mesh["tp"].index == 0 and self.here:
+            for layer, row in zip(self.here, numbers(self.micro_batches, self.here), strict=True):
+                out[layer - self.layers.start] = row
         return out.flatten()
 
     def finish(self, totals: Tensor) -> RoutingStats:

@@ -74,6 +74,11 @@ class SeveralSharded(Several[ShardedGradients]):
         for each in self.reducers:
             each.after_backward()
 
+    def settle(self) -> None:
+        """As `ShardedGradients.settle`."""
+        for each in self.reducers:
+            each.settle()
+
     def start_of(self, parameters: Iterable[nn.Parameter]) -> None:
         """As `ShardedGradients.start_of`."""
         wanted = list(parameters)

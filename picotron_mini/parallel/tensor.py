@@ -22,10 +22,19 @@ The vocabulary is cut too. The embedding looks up only its own rows and sums; th
 so three numbers a token cross the wire instead of V logits.
 
 **Sequence parallelism** (arXiv 2205.05198) goes on where this stops: between the pairs every rank holds all tokens
-and does the same norms and additions. Let each keep T/tp of the tokens there. The entry then gathers them
+and does the same norms and additions. Let each keep 1/tp of the tokens there. The entry then gathers them
 (`gather_from`), and the exit, which has to sum anyway, leaves each rank its own tokens of the sum (`scatter_to`):
 
     [B, T/tp, D] --all_gather--> [B, T, D] --pair--> partial sums [B, T, D] --reduce_scatter--> [B, T/tp, D]
+
+Which tokens are whose? Norms and additions do not ask, so it is decided by what costs nothing: the B T tokens of a
+micro-batch lie one behind the other in memory, and each rank has one run of them. So [B, T/tp, D] is a number of rows
+in a handy shape, not a part of each sequence. With B = 4 sequences and tp = 2:
+
+    sequence     0 0 0 0 0 0  1 1 1 1 1 1 | 2 2 2 2 2 2  3 3 3 3 3 3        a gather puts the runs one behind the other
+                 --------- rank 0 --------|--------- rank 1 ---------
+
+A part of each sequence would have to be put in order around every exchange: two transpositions, as copies.
 
 An all_reduce is a reduce_scatter and an all_gather, so a ring carries as many bytes as before. Each norm now sees a
 part of the tokens, and its gradient is a partial sum (`partial.py`). Positions, attention and the loss see all tokens.
@@ -47,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import all_gather, all_reduce_max, copy_to, gather_from, reduce_from, scatter_to
+from ..collectives import all_gather, all_reduce_max, copy_to, gather_from, reduce_from, scatter_to, shard_size
 from ..layout import split
 from ..mesh import Axis
 from ..model.gpt import GPT, IGNORE, at_least_float32
@@ -67,7 +76,6 @@ PAIRS = {"attention": (("q", "k", "v"), "o"), "mlp": (("gate", "up"), "down")}
 HEAD_NORMS = ("q_norm", "k_norm")
 ROUTERS = ("router",)  # held whole, and judged by the rank's part of every expert's output
 TOKEN_NORMS = ("attention_norm", "mlp_norm", "norm")
-TOKENS = 1  # the dim of the hidden states [B, T, D] that sequence parallelism cuts
 
 
 def sharded_dim(name: str) -> int | None:
@@ -90,17 +98,18 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, par
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
         axis: its size must divide heads, key-value heads and the inner widths (`legality.layout_problems`).
-        sequence_parallel: hidden states between the layers are [B, T/tp, D]; tp must divide T.
+        sequence_parallel: hidden states between the layers are [B, T/tp, D], this rank's run of the tokens of all
+            sequences; tp must divide T.
         parts: in which the layers' exchanges travel behind their products (`overlap`); 1: each is waited for.
     """
     if axis.size == 1:
         return
 
     def enter(x: Tensor) -> Tensor:
-        return gather_from(x, axis, TOKENS) if sequence_parallel else copy_to(x, axis)
+        return by_rows(gather_from, x, axis, parts) if sequence_parallel else copy_to(x, axis)
 
     def leave(x: Tensor) -> Tensor:
-        return scatter_to(x, axis, TOKENS) if sequence_parallel else reduce_from(x, axis)
+        return by_rows(scatter_to, x, axis, parts, axis.size) if sequence_parallel else reduce_from(x, axis)
 
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
         dim = sharded_dim(name)
@@ -124,6 +133,25 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, par
         model.norm.register_forward_hook(lambda _, inputs, output: enter(output))
         model.cross_entropy = lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, vocabulary, axis)
     model.tie()
+
+
+def by_rows(
+    exchange: Callable[[Tensor, Axis, int], Tensor], x: Tensor, axis: Axis, parts: int = 1, ranks: int = 1
+) -> Tensor:
+    """An exchange along the rows [B T, D] of x [B, T, D], where nothing has to be put in order for it.
+
+    Args:
+        exchange: `gather_from` or `scatter_to`.
+        parts: of the flattened tokens, of each of which a rank has a run (`overlap`).
+        ranks: of how many x holds the rows: one to gather, all to scatter.
+    """
+    rows = x.flatten(0, 1)
+    if parts == 1:  # without `cat`, and `split`, whose gradient is one: both copy
+        moved = exchange(rows, axis, 0)
+    else:
+        part = ranks * shard_size(len(rows) // ranks, parts)
+        moved = torch.cat([exchange(each, axis, 0) for each in rows.split(part)])
+    return moved.unflatten(0, (len(x), -1))
 
 
 class VocabParallelEmbedding(nn.Module):

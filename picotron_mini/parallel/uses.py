@@ -13,13 +13,15 @@ autograd takes the one that was made last. (A parameter's gradient it adds up as
 Where no input needs a gradient (an embedding is given token ids) there is no path to such a node. That use ends when
 the whole backward does; `end` says so.
 
-The call is caught by giving the module a class of its own. A forward hook would do, but hooks are part of what
+The call is caught by giving the module another class. A forward hook would do, but hooks are part of what
 `module.compile()` compiles, and what happens at a border (memory comes and goes, ranks exchange) must stay outside.
+It is one class for all modules of a kind: code compiled for one layer is used for the next if their classes are equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,9 +102,15 @@ class _Entry(Function):
 
 def _intercept(module: nn.Module, around: Callable[..., Any]) -> None:
     """Let each call of the module be `around(call, args, kwargs)`."""
-    kind = type(module)
+    assert "_around" not in vars(module), "a module is one unit"
+    vars(module)["_around"] = around  # not by setattr, which asks nn.Module
+    kind: Any = type(module)
+    module.__class__ = _used(kind)
 
+
+@cache
+def _used(kind: Any) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return around(lambda *a, **k: kind.__call__(self, *a, **k), args, kwargs)
+        return vars(self)["_around"](lambda *a, **k: kind.__call__(self, *a, **k), args, kwargs)
 
-    module.__class__ = type(f"Used{kind.__name__}", (kind,), {"__call__": __call__})
+    return type(f"Used{kind.__name__}", (kind,), {"__call__": __call__})

@@ -17,8 +17,9 @@ others get the result. An all_reduce is a reduce_scatter and an all_gather; ZeRO
 ZeRO 1 adds up the micro-batches' gradients and reduces once, while the last backward runs. ZeRO 2 has no room to add
 them up, so it reduces in every micro-batch's backward: with m micro-batches it sends m times the bytes.
 
-The parts are whole rows, and a buffer is a table [N, C], one row a rank (rows.py). As in `data.py` it has one more
-column for each parameter, 1 where there was a gradient: what no rank used must have no gradient, which is not zeros.
+The parts are whole rows, and a buffer has a table for each parameter, with one row a rank (rows.py). As in `data.py`
+there is one more column for each parameter, 1 where there was a gradient: what no rank used must have no gradient,
+which is not zeros.
 
 Cost a step in payload, with P trained parameters of E elements, C >= E / N the padded columns, g bytes a gradient
 element (4 at least) and w a weight:
@@ -41,12 +42,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Work, all_gather_async, all_reduce_async, reduce_scatter_async
+from ..collectives import Work, all_gather_several, all_reduce_async, reduce_scatter_several
 from ..mesh import Axis
 from .data import bucket
 from .rows import Cut, cut
 
-UNDER_WAY = 2  # collectives at once: one travels while the next is filled; more would only hold memory
+# Bytes that may be under way: the layer before travels while this one computes. A compiled layer has all its gradients
+# at once, so these are not a number of buckets: the third would wait for the first, and the GPU with it.
+UNDER_WAY = 512 * 2**20
 
 
 @dataclass
@@ -54,9 +57,10 @@ class _Bucket:
     cuts: list[Cut]
     columns: int  # without those of the flags
     shard: Tensor  # [C + P], this rank's part of the sum
-    whole: Tensor | None = None  # [N, C + P], what this rank has to give
+    whole: Tensor | None = None  # [N (C + P)], what this rank has to give: the tables, then the flags [N, P]
     added: list[bool] = field(default_factory=list)  # which parameters `whole` has a gradient of
     seen: list[bool] = field(default_factory=list)  # ... in this step, on any rank once `finish` is done
+    summed: bool = False  # whether `shard` has, or gets, something of this step
     waiting: int = 0  # how many gradients are still to be added before the reduction
     additions: int = 0  # ... and how many there are each time
 
@@ -116,14 +120,13 @@ class ShardedGradients:
         assert not self._under_way, "finish() ends a step"
         self.armed, self.next = False, 0
         for each in self.buckets:
-            each.shard.zero_()
-            if self.when == "last":  # stays between the steps
-                each.whole = each.whole.zero_() if each.whole is not None else self._room(each)
-            each.added, each.seen = [False] * len(each.cuts), [False] * len(each.cuts)
+            if self.when == "last" and each.whole is None:  # stays between the steps
+                each.whole = self._room(each)
+            each.added, each.seen, each.summed = [False] * len(each.cuts), [False] * len(each.cuts), False
             each.waiting = each.additions = len(each.cuts)
 
     def _room(self, into: _Bucket) -> Tensor:
-        return into.shard.new_zeros(self.axis.size, len(into.shard))
+        return into.shard.new_empty(self.axis.size * len(into.shard))
 
     def _ready(self, parameter: nn.Parameter) -> None:
         """Called by autograd when a micro-batch's gradient of one parameter is complete."""
@@ -132,8 +135,13 @@ class ShardedGradients:
             return
         if into.whole is None:
             into.whole = self._room(into)
-        for there, gradient in into.cuts[number].pairs(into.whole, parameter.grad):
-            there.add_(gradient)
+        place = into.cuts[number]
+        table = place.table(into.whole, self.axis.size)
+        if into.added[number]:
+            place.whole(table).add_(parameter.grad)
+        else:
+            place.whole(table).copy_(parameter.grad)
+            place.padding(table).zero_()
         parameter.grad = None
         into.added[number] = into.seen[number] = True
         if self.armed or self.when == "each":
@@ -154,23 +162,35 @@ class ShardedGradients:
 
     def _start(self, each: _Bucket) -> None:
         self.next += 1
+        ranks = self.axis.size
         whole = self._room(each) if each.whole is None else each.whole
-        flags = whole[:, each.columns :]
+        flags = whole[ranks * each.columns :]
         flags.fill_(1.0)  # no tensor made of a list: that copy would make the host wait for the GPU
+        tables = [place.table(whole, ranks) for place in each.cuts]
         for number, added in enumerate(each.added):
             if not added:
-                flags[:, number] = 0.0
+                tables[number].zero_()
+                flags[number :: len(each.cuts)] = 0.0
         if self.when != "last":  # the room is free again when the sum is there
             each.whole, each.added, each.waiting = None, [False] * len(each.cuts), each.additions
-        total = torch.empty_like(each.shard)
-        self._under_way.append((each, whole, total, reduce_scatter_async(total, whole, self.axis)))
-        if len(self._under_way) > UNDER_WAY:
+        total = torch.empty_like(each.shard) if each.summed else each.shard  # the first sum needs no adding
+        each.summed = True
+        rows = [*(place.row(total) for place in each.cuts), total[each.columns :]]
+        work = reduce_scatter_several(rows, [*tables, flags], self.axis)
+        self._under_way.append((each, whole, total, work))
+        while len(self._under_way) > 1 and sum(whole.nbytes for _, whole, _, _ in self._under_way) > UNDER_WAY:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
         each, _, total, work = self._under_way.popleft()
         work.wait()
-        each.shard.add_(total)
+        if total is not each.shard:
+            each.shard.add_(total)
+
+    def settle(self) -> None:
+        """Wait for what is under way, and free its memory."""
+        while self._under_way:
+            self._finish_oldest()
 
     def arm(self, times: Mapping[nn.Parameter, int] | None = None) -> None:
         """Say that the next backward is the step's last: its gradients are final, so reductions may start.
@@ -196,8 +216,10 @@ class ShardedGradients:
         """Start what has not started, wait for all of it. Once a step, on every rank."""
         for each in self.buckets[self.next :] if self.when == "last" else []:
             self._start(each)
-        while self._under_way:
-            self._finish_oldest()
+        self.settle()
+        for each in self.buckets:
+            if not each.summed:
+                each.shard.zero_()
         for axis in self.copies:
             for work in [all_reduce_async(each.shard, axis) for each in self.buckets]:
                 work.wait()
@@ -225,22 +247,23 @@ class ShardedGradients:
         Args:
             masters: by parameter, this rank's rows.
         """
-        under_way: deque[tuple[_Bucket, Tensor, Tensor, Work]] = deque()
-
-        def unpack() -> None:
-            each, _, whole, work = under_way.popleft()
-            work.wait()
-            for place in each.cuts:
-                for there, weight in place.pairs(whole, place.parameter.data):
-                    weight.copy_(there)
-
+        under_way: list[tuple[Work, list[tuple[Cut, Tensor]], Tensor]] = []
         for each in reversed(self.buckets):  # the first layers first: the next forward begins with them
             mine = each.cuts[0].parameter.new_zeros(each.columns)
-            for place in each.cuts:
-                place.own(mine, self.axis.index).copy_(masters[place.parameter])
-            whole = mine.new_empty(self.axis.size, each.columns)
-            under_way.append((each, mine, whole, all_gather_async(whole, mine, self.axis)))
-            if len(under_way) > UNDER_WAY:
-                unpack()
-        while under_way:
-            unpack()
+            own = [place.own(mine, self.axis.index) for place in each.cuts]
+            torch._foreach_copy_(own, [masters[place.parameter] for place in each.cuts])
+            tables = [self._weight(place) for place in each.cuts]
+            rows = [place.row(mine) for place in each.cuts]
+            work = all_gather_several(tables, rows, self.axis)
+            under_way.append((work, list(zip(each.cuts, tables, strict=True)), mine))
+        for work, filled, _ in under_way:
+            work.wait()
+            for place, table in filled:
+                if table.data_ptr() != place.parameter.data_ptr():
+                    place.parameter.data.copy_(place.whole(table))
+
+    def _weight(self, place: Cut) -> Tensor:
+        """The table of a weight: the weight itself, where it has no padding."""
+        weight = place.parameter.data
+        whole = weight.numel() == self.axis.size * place.columns and weight.is_contiguous()
+        return weight.view(-1) if whole else weight.new_empty(self.axis.size * place.columns)

@@ -12,8 +12,9 @@ and once more in the backward:
                  | backward 3   | backward 2               | backward 1   | ...
                                 | free 3, reduce_scatter 3 | free 2, reduce_scatter 2 |
 
-A freed parameter keeps its shape and has no storage. What autograd has saved for the backward is that same storage,
-filled again in time, so no operator notices.
+A freed parameter keeps its shape and its storage has no bytes. What autograd has saved for the backward is that same
+storage, filled again in time, so no operator notices, and no compiled code. The collective writes right into it: a
+storage has room for the padding, too (rows.py).
 
 When a unit's backward is about to start, and when it is over, is found out in uses.py.
 
@@ -40,13 +41,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Work, all_gather_async
+from ..collectives import Work, all_gather_several
 from ..mesh import Axis
 from ..model.gpt import GPT
 from .rows import Cut, alike, cut
 from .several import SeveralSharded, by_axis
 from .uses import Use
 from .zero import ShardedGradients
+
+SETTLED = 3  # units of a forward, behind which the last reductions of the backward before have travelled
 
 
 def empty(like: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -58,11 +61,12 @@ def empty(like: Tensor, device: torch.device, dtype: torch.dtype | None = None) 
 
 @dataclass(eq=False)
 class _Unit:
-    """Parameters that come and go together, in one buffer for each dtype."""
+    """Parameters that come and go together, in one message for each dtype."""
 
-    buffers: list[tuple[list[Cut], Tensor]]  # the cuts, and this rank's row [C]
+    buffers: list[tuple[list[Cut], Tensor]]  # the cuts, and this rank's rows [C]
     axes: list[Axis] = field(default_factory=list)  # of each buffer: the ranks that have the other rows
-    travelling: list[tuple[Tensor, Work]] = field(default_factory=list)  # what is on its way: [N, C] each
+    tables: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # the storage of each, with room for the padding
+    travelling: list[Work] = field(default_factory=list)  # what fills them
     here: bool = False
 
 
@@ -126,7 +130,7 @@ class ShardedWeights:
         self, parameters: Sequence[nn.Parameter], rows: Mapping[nn.Parameter, int],
         axis_of: Callable[[nn.Parameter], Axis],
     ) -> _Unit:  # fmt: skip
-        unit = _Unit([], here=True)
+        unit = _Unit([])
         groups = [(axis, group) for axis, mine in by_axis(parameters, axis_of).items() for group in alike(mine)]
         for axis, group in groups:
             cuts, columns = cut(group, axis.size, rows)
@@ -137,9 +141,10 @@ class ShardedWeights:
                 weight = each.parameter
                 self._own[weight] = each.own(row, axis.index)
                 if weight.untyped_storage().nbytes():
-                    weight.data = weight.data.contiguous()
                     self._own[weight].copy_(each.part(weight.data, axis.index))
-        self._free(unit)
+                unit.tables[weight] = row.new_empty(axis.size * each.columns)
+                weight.data = each.whole(unit.tables[weight])
+                unit.tables[weight].untyped_storage().resize_(0)
         return unit
 
     # --- weights come and go ------------------------------------------------------------------------------
@@ -147,28 +152,23 @@ class ShardedWeights:
     def _fetch(self, unit: _Unit) -> None:
         """Let the weights of a unit set out, unless they are here or under way."""
         if not unit.here and not unit.travelling:
-            for (_, row), axis in zip(unit.buffers, unit.axes, strict=True):
-                table = row.new_empty(axis.size, len(row))
-                unit.travelling.append((table, all_gather_async(table, row, axis)))
+            for table in unit.tables.values():
+                table.untyped_storage().resize_(table.nbytes)
+            for (cuts, row), axis in zip(unit.buffers, unit.axes, strict=True):
+                tables = [unit.tables[each.parameter] for each in cuts]
+                unit.travelling.append(all_gather_several(tables, [each.row(row) for each in cuts], axis))
 
-    @torch.no_grad()
     def _need(self, unit: _Unit) -> None:
         """Have the weights of a unit here."""
         self._fetch(unit)
-        for (cuts, _), (table, work) in zip(unit.buffers, unit.travelling, strict=False):
+        for work in unit.travelling:
             work.wait()
-            for each in cuts:
-                whole = each.parameter.data  # .data: autograd must not take the filling for a change of the value
-                whole.untyped_storage().resize_(whole.numel() * whole.element_size())
-                for there, weight in each.pairs(table, whole):
-                    weight.copy_(there)
         unit.travelling, unit.here = [], True
 
     def _free(self, unit: _Unit) -> None:
         if unit.here:
-            for cuts, _ in unit.buffers:
-                for each in cuts:
-                    each.parameter.untyped_storage().resize_(0)
+            for table in unit.tables.values():
+                table.untyped_storage().resize_(0)
         unit.here = False
 
     # --- the four borders of a use ------------------------------------------------------------------------
@@ -177,6 +177,8 @@ class ShardedWeights:
         self._need(self.units[place])
         if place + 1 < len(self.units):
             self._fetch(self.units[place + 1])
+        if place == SETTLED:  # memory is wanted for activations again
+            self.gradients.settle()
 
     def _before_backward(self, place: int) -> None:
         self._need(self.units[place])

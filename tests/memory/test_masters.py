@@ -119,13 +119,17 @@ def test_without_masters_small_updates_are_lost():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masters", ["split", "none"])
-def test_it_goes_with_every_axis(masters):
+@pytest.mark.parametrize(
+    ("masters", "zero", "layout"),
+    [("split", 0, "dp=2,tp=2"), ("none", 0, "dp=2,tp=2"), ("split", 1, "dp=2,tp=2"), ("split", 3, "dp=3"),
+     ("none", 2, "dp=2"), ("none", 3, "dp=2,pp=2")],
+)  # fmt: skip
+def test_it_goes_with_every_axis(masters, zero, layout):
     train = TrainConfig(
         steps=2, seq_len=8, micro_batch_size=1, micro_batches=2, lr=0.01, clip_norm=0.5, dtype="bfloat16", device="cpu",
-        warmup_steps=0, masters=masters, bucket_mb=0.01,
+        warmup_steps=0, masters=masters, bucket_mb=0.01, zero=zero,
     )  # fmt: skip
-    report = verify("dp=2,tp=2", MODEL, train, optimizers=["adamw"])
+    report = verify(layout, MODEL, train, optimizers=["adamw"])
     assert report.ok, report.to_dict()
     assert math.isfinite(report.max_rel_err)
 
@@ -134,7 +138,10 @@ def test_it_goes_with_every_axis(masters):
     ("settings", "message"),
     [
         ({"masters": "split"}, "masters=split is for dtype=bfloat16; float32 weights are their own masters"),
-        ({"masters": "none", "dtype": "bfloat16", "zero": 1}, "masters=none does not go with zero=1"),
+        (
+            {"masters": "none", "dtype": "bfloat16", "zero": 1, "place_every": 2},
+            r"masters=none does not go with zero=1 where experts move \(place_every=2\); use masters=whole, zero=0 or",
+        ),
     ],
 )
 def test_what_does_not_go_is_refused(settings, message):

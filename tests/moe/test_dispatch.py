@@ -251,7 +251,7 @@ def order_of_events(parts: int) -> list[str]:
         out.register_hook(lambda _: events.append("experts'"))
         return out
 
-    experts.gate = mine.gate  # type: ignore[attr-defined]
+    experts.gate, experts.passes = mine.gate, mine.passes  # type: ignore[attr-defined]
     x, e, w = tokens[axis.index], chosen[axis.index], weights[axis.index]
     y = ExpertDispatch(axis, E, parts)(x, e, w, experts, Shared(D, D, dtype=torch.float64))  # type: ignore[arg-type]
     events.append("backward")

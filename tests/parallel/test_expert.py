@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,61 @@ def test_narrow_dtypes_are_as_exact_as_one_device_in_them(dtype: str) -> None:
 def test_a_dense_model_is_given_experts_by_verify() -> None:
     report = verify("dp=2,ep=2", replace(MODEL, num_layers=2), replace(TWO_STEPS, steps=1), optimizers=["sgd"])
     assert report.ok and report.bytes_predicted["ep all_to_all"] == report.bytes_counted["ep all_to_all"] > 0
+
+
+# --- compiled ---------------------------------------------------------------------------------------------
+
+
+def steps_of(compiled: bool, run: RunConfig) -> tuple[list[float], list[int]]:
+    """On a rank: losses of three steps, and how many graphs the compiler has made after each."""
+    import warnings
+
+    from torch._dynamo.utils import counters
+
+    from picotron_mini.data.loader import Batch
+    from picotron_mini.training.optimizer import make_optimizer
+    from picotron_mini.training.step import train_step
+
+    warnings.simplefilter("ignore")  # the compiler makes some of its own
+    torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]  # traces, no C++ compiler
+    mesh = Mesh.build(run.mesh)
+    run = replace(run, train=replace(run.train, compile=compiled))
+    parallel = parallelize(run, mesh, torch.device("cpu"))
+    optimizer = make_optimizer(parallel.trained, run.train)
+    generator = torch.Generator().manual_seed(mesh["dp"].index)
+    losses, graphs = [], []
+    for _ in range(3):
+        batches = []
+        for _ in range(run.train.micro_batches):
+            shape = (run.train.micro_batch_size, run.train.seq_len)
+            tokens, targets = (torch.randint(run.model.vocab_size, shape, generator=generator) for _ in range(2))
+            positions = torch.arange(shape[1]).expand(shape).contiguous()
+            batches.append(Batch(tokens, targets, positions, torch.zeros_like(tokens)))
+        losses.append(train_step(parallel, optimizer, batches).loss)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return losses, graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "moe"),
+    [
+        ("dp=2,ep=2", {"shared_size": 8, "dense_layers": 0, "z_weight": 0.1}),
+        ("dp=2", {"balance": "bias", "score": "sigmoid", "capacity": 1.0, "dense_layers": 1}),
+    ],
+)
+def test_layers_share_what_is_compiled_and_rows_are_any_number(ranks, layout: str, moe: dict[str, object]) -> None:
+    """Three layers make as many graphs as two, and after the first step there are no new ones."""
+    graphs = []
+    for layers in (2, 3):
+        model = replace(MODEL, num_layers=layers, moe=replace(EXPERTS, **moe))  # type: ignore[arg-type]
+        run = ready(layout, model, micro_batches=2)
+        losses, made = ranks(steps_of, True, run, world_size=2)[0]
+        assert made[0] == made[-1] > 0, f"compiled again for other numbers of rows: {made}"
+        graphs.append(made[-1])
+    assert graphs[0] == graphs[1], f"layers are compiled one by one: {graphs}"
+    eager, none = ranks(steps_of, False, run, world_size=2)[0]
+    assert losses == pytest.approx(eager, rel=1e-12) and not any(none)
 
 
 # --- weights put together, and a whole run ------------------------------------------------------------------

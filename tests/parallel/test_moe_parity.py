@@ -148,8 +148,8 @@ def every_rank_adds_all_of_it() -> None:
     from picotron_mini.parallel import routers
 
     class Greedy(routers.Balance):
-        def __init__(self, config, tokens, pool, pools, share, start):  # type: ignore[no-untyped-def]
-            super().__init__(config, tokens, pool, pools, 1.0, start)
+        def __init__(self, config, tokens, pool, pools, share, *rest):  # type: ignore[no-untyped-def]
+            super().__init__(config, tokens, pool, pools, 1.0, *rest)
 
     routers.Balance = Greedy  # type: ignore[misc]
 

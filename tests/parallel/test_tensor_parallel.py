@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from picotron_mini.mesh import Mesh
 from picotron_mini.model.gpt import GPT, init_weights, parameter_shapes
 from picotron_mini.parallel.tensor import (
     VocabParallelEmbedding,
+    by_rows,
     gather_logits,
     is_partial,
     sharded_dim,
@@ -122,3 +124,39 @@ def test_a_compiled_block_computes_and_sends_the_same(sequence_parallel: bool) -
         for name in eager[1]:
             assert torch.allclose(eager[1][name], compiled[1][name], rtol=1e-9, atol=1e-12), name
         assert eager[2] == compiled[2] > 0
+
+
+def exchanged_in_order() -> list[bool]:
+    seen: list[bool] = []
+    for name in ("_all_gather", "_reduce_scatter"):
+        real = getattr(collectives, name)
+
+        def noted(x: torch.Tensor, *rest: object, real: Callable[..., torch.Tensor] = real) -> torch.Tensor:
+            seen.append(x.is_contiguous())
+            return real(x, *rest)
+
+        setattr(collectives, name, noted)
+    one_block(False, True)
+    return seen
+
+
+def test_what_sequence_parallelism_exchanges_lies_in_order() -> None:
+    """Else each exchange would begin with a copy: the tokens are cut so that none is needed."""
+    for seen in launch(exchanged_in_order, world_size=2):
+        assert seen == [True] * 12  # two pairs, two each there and back; the embedding and the head: there and back
+
+
+def whole_batch_on(rank_of_token: str) -> torch.Tensor:
+    axis = Mesh.build(MeshShape(tp=2))["tp"]
+    tokens = torch.arange(24.0).view(4, 3, 2)  # [B, T, D]
+    if rank_of_token == "mine":
+        return by_rows(collectives.reduce_scatter, tokens[:, :2], axis)
+    return by_rows(collectives.gather_from, tokens[:, :2] + 100 * axis.index, axis)
+
+
+def test_a_rank_has_one_run_of_the_tokens_of_all_sequences() -> None:
+    x = torch.arange(24.0).view(4, 3, 2)[:, :2]
+    for rank, mine in enumerate(launch(whole_batch_on, "mine", world_size=2)):
+        assert torch.equal(mine, 2 * x[2 * rank : 2 * rank + 2].reshape(4, 1, 2)), "two of four sequences"
+    for whole in launch(whole_batch_on, "all", world_size=2):
+        assert torch.equal(whole, torch.cat([x, x + 100]).reshape(4, 4, 2))

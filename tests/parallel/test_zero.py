@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,9 @@ from picotron_mini.parallel.rows import alike, cut
 from picotron_mini.parallel.traffic import predict_step
 from picotron_mini.parallel.zero import ShardedGradients
 from picotron_mini.parallel.zero3 import ShardedWeights
+from picotron_mini.training.optimizer import make_optimizer
+from picotron_mini.training.step import compute_gradients, gradients_of, train_step
+from picotron_mini.verify import make_batches
 
 Ranks = Callable[..., list[Any]]
 WORLD = 3  # two ranks hide bugs
@@ -101,21 +106,33 @@ def test_a_buffer_holds_rows_and_nothing_else() -> None:
     cuts, columns = cut(parameters, 4, {})
     assert [each.rows for each in cuts] == [2, 1, 1, 1, 1]
     assert columns == 4 + 1 + 3 + 1 + 4
-    buffer = torch.zeros(4, columns)
+    buffer = torch.zeros(4 * columns)
     for each, parameter in zip(cuts, parameters, strict=True):
-        for there, here in each.pairs(buffer, parameter.detach()):
-            there.copy_(here)
-        back = torch.zeros_like(parameter)
-        for there, here in each.pairs(buffer, back):
-            here.copy_(there)
-        assert torch.equal(back, parameter)
-        rows = [each.own(buffer[rank], rank) for rank in range(4)]
+        table = each.table(buffer, 4)
+        each.whole(table).copy_(parameter.detach())
+        assert len(each.padding(table)) == 4 * each.columns - parameter.numel()
+        owned = torch.zeros(columns)
+        rows = []
+        for rank, part in enumerate(table.chunk(4)):  # as reduce_scatter and all_gather cut it
+            each.row(owned).copy_(part)
+            rows.append(each.own(owned, rank).clone())
+            assert torch.equal(rows[-1], each.part(parameter, rank))
         assert torch.equal(torch.cat(rows).view_as(parameter), parameter)
-        assert all(torch.equal(row, each.part(parameter, rank)) for rank, row in enumerate(rows))
         whole = parameter if parameter.ndim else parameter[None]
         wanted = list(whole.chunk(4)) + [whole[:0]] * 4  # as fully_shard has it
         assert [tuple(row.shape) for row in rows] == [tuple(part.shape) for part in wanted[:4]]
     assert int((buffer == 0).sum()) == buffer.numel() - sum(p.numel() for p in parameters)
+
+
+def test_what_kernels_read_begins_at_multiples_of_128_bytes() -> None:
+    shapes = ((64, 3), (96,), (50, 64), (128, 2))  # over three ranks 96 is 32 a rank, which shifts what follows
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    cuts, columns = cut(parameters, 3, {})
+    assert columns == sum(each.columns for each in cuts)
+    for each in cuts:
+        if each.columns % 64 == 0:
+            assert each.start % 64 == 0, each.parameter.shape
+    assert [each.start % 64 for each in cuts] == [0, 0, 2, 34]  # the lengths 17 64; 22 3; 32; 43 2
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -348,17 +365,17 @@ def events(bucket_bytes: float, stage: int) -> list[list[int]]:
     layers = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(4)])
     ready = 0
     seen: list[list[int]] = []
-    real = zero.reduce_scatter_async
+    real = zero.reduce_scatter_several
 
-    def watched(out: Tensor, x: Tensor, over: Axis) -> Any:
+    def watched(outs: list[Tensor], xs: list[Tensor], over: Axis) -> Any:
         seen[-1].append(ready)
-        return real(out, x, over)
+        return real(outs, xs, over)
 
     def count(_: Tensor) -> None:
         nonlocal ready
         ready += 1
 
-    zero.reduce_scatter_async = watched
+    zero.reduce_scatter_several = watched
     for parameter in layers.parameters():
         parameter.register_post_accumulate_grad_hook(count)
     when = "last" if stage == 1 else "each"
@@ -389,17 +406,17 @@ def story() -> tuple[list[str], int]:
     names = {2 * ((4 + n) // 2 + (4 + n) % 2) * (3 + n): f"{n}" for n in range(4)}  # by the buffer's size
     told: list[str] = []
     most = 0
-    gathers, reductions = zero3.all_gather_async, zero.reduce_scatter_async
+    gathers, reductions = zero3.all_gather_several, zero.reduce_scatter_several
 
-    def gather_(out: Tensor, x: Tensor, over: Axis) -> Any:
-        told.append(f"gather {names[out.numel()]}")
-        return gathers(out, x, over)
+    def gather_(outs: list[Tensor], xs: list[Tensor], over: Axis) -> Any:
+        told.append(f"gather {names[outs[0].numel()]}")
+        return gathers(outs, xs, over)
 
-    def reduce_(out: Tensor, x: Tensor, over: Axis) -> Any:
-        told.append(f"reduce {names[x.numel() - 2]}")
-        return reductions(out, x, over)
+    def reduce_(outs: list[Tensor], xs: list[Tensor], over: Axis) -> Any:
+        told.append(f"reduce {names[xs[0].numel()]}")
+        return reductions(outs, xs, over)
 
-    zero3.all_gather_async, zero.reduce_scatter_async = gather_, reduce_
+    zero3.all_gather_several, zero.reduce_scatter_several = gather_, reduce_
     for n, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, n=n: told.append(f"forward {n}"))
         layer.weight.register_post_accumulate_grad_hook(lambda _, n=n: told.append(f"backward {n}"))
@@ -428,7 +445,7 @@ def test_the_next_units_weights_travel_while_one_computes(ranks: Ranks) -> None:
         "gather 3", "gather 2", "backward 3", "reduce 3", "gather 1", "backward 2", "reduce 2", "gather 0",
         "backward 1", "reduce 1", "backward 0", "reduce 0",
     ]  # fmt: skip
-    assert most == 1  # on the CPU; what travels is in a buffer
+    assert most == 2, "the layer that computes, and the one whose weights travel"
 
 
 def recomputed(around: bool) -> list[Tensor | None]:
@@ -466,6 +483,79 @@ def test_recomputing_stays_possible(ranks: Ranks) -> None:
         results = ranks(recomputed, around, world_size=2)
         for n, parameter in enumerate(layers.parameters()):
             torch.testing.assert_close(torch.cat([mine[n] for mine in results]), parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+class Writes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what is written into gradient buffers: (operator, in one piece and at an address of 16 bytes)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter[tuple[str, bool]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        # gradients come in bf16, and are added up in float32
+        if name in ("add_", "copy_") and args[0].dtype == torch.float32 and args[1].dtype == torch.bfloat16:
+            # a norm that the ranks do not divide may shift the next one
+            straight = all(x.is_contiguous() and (x.ndim < 2 or x.data_ptr() % 16 == 0) for x in args[:2])
+            self.found[name, straight] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def writes(zero_stages: Sequence[int]) -> list[Counter[tuple[str, bool]]]:
+    """In a rank: what one step of two micro-batches writes into the buffers of each stage."""
+    model = ModelConfig(vocab_size=67, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, head_dim=16)
+    out = []
+    for stage in zero_stages:
+        run = resolved("dp=3", model, zero=stage, dtype="bfloat16", micro_batches=2, steps=2)
+        parallel = parallelize(run, Mesh.build(run.mesh), torch.device("cpu"))
+        batches = make_batches(run)[:2]
+        with Writes() as seen:
+            compute_gradients(parallel, batches)
+        out.append(seen.found)
+    return out
+
+
+def test_gradients_are_added_in_one_piece_at_aligned_addresses(ranks: Ranks) -> None:
+    """Each once, and by no other kernels than plain data parallelism uses."""
+    parameters = len(parameter_shapes(resolved("dp=1").model))
+    plain, one, two, three = ranks(writes, [0, 1, 2, 3], world_size=WORLD)[0]
+    assert plain == one == {("copy_", True): parameters, ("add_", True): parameters}
+    assert two == three == {("copy_", True): 2 * parameters}
+
+
+def compiled(stage: int, recompute: str) -> tuple[Any, Any, int]:
+    """In a rank: gradients of a deep model, eager and compiled, and into how many graphs it was compiled."""
+    import functools
+
+    from torch._dynamo.utils import counters
+
+    warnings.simplefilter("ignore")  # the compiler makes some of its own
+    # traces forward and backward as inductor would, and needs no C++ compiler
+    real, torch.compile = torch.compile, functools.partial(torch.compile, backend="aot_eager")
+    found = []
+    for compile_ in (False, True):
+        model = replace(MODEL, num_layers=12, vocab_size=36)  # dynamo compiles a function for 8 classes at most
+        run = resolved("dp=2", model, zero=stage, compile=compile_, dtype="float64", recompute=recompute, steps=2)
+        parallel = parallelize(run, Mesh.build(run.mesh), torch.device("cpu"))
+        optimizer = make_optimizer(parallel.trained, run.train)
+        for batch in make_batches(run)[:2]:
+            train_step(parallel, optimizer, [batch] * 3)
+        found.append((gradients_of(parallel), dict(parallel.masters)))
+    torch.compile = real
+    return found[0], found[1], counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "graphs"), [("none", 3), ("full", 4)])
+def test_all_layers_share_one_compiled_graph(ranks: Ranks, recompute: str, graphs: int) -> None:
+    """One for a layer, one for the last norm, one for the loss; with recompute one more, of a layer that keeps nothing."""
+    for eager, fast, number in ranks(compiled, 3, recompute, world_size=2):
+        for before, after in zip(eager, fast, strict=True):
+            assert before.keys() == after.keys() and len(before) > 100
+            for name, want in before.items():
+                torch.testing.assert_close(after[name], want, rtol=1e-9, atol=1e-12, msg=name)
+        assert number == graphs
 
 
 # --- as PyTorch has it ------------------------------------------------------------------------------------
@@ -523,11 +613,14 @@ def test_same_as_torchs_own_fully_shard(ranks: Ranks) -> None:
 @pytest.mark.parametrize(("layout", "group"), [("dp=2,tp=2", 0), ("dp=4", 2)])
 def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str, group: int) -> None:
     runs = [
-        resolved(layout, zero=stage, zero_group=group, dtype=dtype, optimizer=kind, freeze=freeze, steps=2)
+        resolved(
+            layout, zero=stage, zero_group=group, dtype=dtype, optimizer=kind, freeze=freeze, masters=masters, steps=2
+        )
         for stage in range(1 if group else 0, 4)
-        for dtype, kind, freeze in (
-            ("bfloat16", "adamw", ("layers.1",)),
-            ("float64", "sgd", ("embed",)),
+        for dtype, kind, freeze, masters in (
+            ("bfloat16", "adamw", ("layers.1",), "whole"),
+            ("bfloat16", "adamw", ("layers.1",), "split"),
+            ("float64", "sgd", ("embed",), "whole"),
         )
     ]
     for rank, results in enumerate(ranks(kept, runs, world_size=runs[0].mesh.world_size)):
@@ -535,6 +628,49 @@ def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str, group: int) 
             places = layout_of(run)
             want = footprint(run, places, coordinates(run.mesh, rank))
             assert (weights, total) == (want.weights + want.masters, want.total), f"rank {rank}: {run.train}"
+
+
+def most_at_once(micro_batches: int) -> tuple[int, int, list[int]]:
+    """In a rank: the most bytes of whole weights and of gradients on their way that six equal layers ever have here,
+    and of these gradients what is there when each layer begins a later forward."""
+    zero.UNDER_WAY = 1  # in a model of real size two layers exceed what may be under way
+    axis = axis_of_world()
+    layers = nn.Sequential(*[nn.Linear(8, 8, bias=False, dtype=torch.bfloat16) for _ in range(6)])
+    sharded = ShardedWeights(list(layers), axis)
+    (gradients,) = sharded.gradients.reducers
+    weights, sums, later = 0, 0, []
+
+    def travelling() -> int:
+        tensors = [bucket.whole for bucket in gradients.buckets]
+        for bucket, whole, total, _ in gradients._under_way:
+            tensors += [whole, total if total is not bucket.shard else None]
+        return sum(x.nbytes for x in tensors if x is not None)
+
+    class Look(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal weights, sums
+            weights = max(weights, sum(layer.weight.untyped_storage().nbytes() for layer in layers))
+            sums = max(sums, travelling())
+            return func(*args, **(kwargs or {}))
+
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: later.append(travelling()))
+    with Look():
+        for _ in range(micro_batches):
+            later.clear()
+            layers(torch.ones(2, 8, dtype=torch.bfloat16)).sum().backward()
+            sharded.after_backward()
+        sharded.finish()
+    return weights, sums, later
+
+
+def test_two_layers_weights_and_two_layers_gradients_at_most(ranks: Ranks) -> None:
+    layer = 8 * 8
+    weights, sums, later = ranks(most_at_once, 3, world_size=2)[0]
+    assert weights == 2 * 2 * layer  # one computes, one travels; there is no second copy of either
+    whole = 4 * (layer + 2)  # with a flag from each rank
+    assert sums == 2 * whole + whole // 2  # one is filled, one travels, and its sum arrives
+    assert later[:3] == [whole + whole // 2] * 3 and later[3:] == [0, 0, 0]  # nothing is there beside the logits
 
 
 def test_what_sharding_saves() -> None:
@@ -589,36 +725,58 @@ def test_halves_of_an_axis(ranks: Ranks) -> None:
 
 
 def asynchronous(break_it: str = "") -> tuple[dict[Any, int], dict[str, int]]:
-    """In a rank: both collectives against what one process computes, and who counted what."""
+    """In a rank: the collectives against what one process computes, and who counted what."""
     axis = axis_of_world()
+    group = torch.distributed.ProcessGroup
     if break_it == "gather":
         real = collectives._gather
         collectives._gather = lambda out, x, **options: real(out, x.flip(0), **options)
     if break_it == "scatter":
         real = collectives._scatter
         collectives._scatter = lambda out, x, **options: real(out, x.roll(len(out)), **options)
+    if break_it == "gather_several":
+        many = group.allgather_into_tensor_coalesced
+        group.allgather_into_tensor_coalesced = lambda self, outs, xs, options: many(
+            self, outs, [x.flip(0) for x in xs], options
+        )
+    if break_it == "scatter_several":
+        several = group.reduce_scatter_tensor_coalesced
+        group.reduce_scatter_tensor_coalesced = lambda self, outs, xs, options: several(
+            self, outs, [x.roll(len(x) // axis.size) for x in xs], options
+        )
     every = [torch.arange(4.0 * axis.size).view(axis.size, 4) + 100 * rank for rank in range(axis.size)]
+    flat = [torch.arange(2.0 * axis.size) - rank for rank in range(axis.size)]
     whole, part = torch.empty(axis.size, 3), torch.empty(4)
+    wholes, parts = [torch.empty(axis.size, 3), torch.empty(axis.size)], [torch.empty(4), torch.empty(2)]
     with ledger.recording() as counted, Witness() as witness:
+        mine = every[axis.index]
         works = [
-            collectives.all_gather_async(whole, every[axis.index][0, :3].contiguous(), axis),
-            collectives.reduce_scatter_async(part, every[axis.index], axis),
+            collectives.all_gather_async(whole, mine[0, :3].contiguous(), axis),
+            collectives.reduce_scatter_async(part, mine, axis),
+            collectives.all_gather_several(wholes, [mine[0, :3].contiguous(), mine[1 % axis.size, 1:2]], axis),
+            collectives.reduce_scatter_several(parts, [mine, flat[axis.index]], axis),
         ]
         for work in works:
             work.wait()
-    assert torch.equal(whole, torch.stack([x[0, :3] for x in every])), "all_gather_async"
-    assert torch.equal(part, torch.stack(every).sum(0)[axis.index]), "reduce_scatter_async"
+    rows, total = torch.stack([x[0, :3] for x in every]), torch.stack(every).sum(0)[axis.index]
+    assert torch.equal(whole, rows), "all_gather_async"
+    assert torch.equal(part, total), "reduce_scatter_async"
+    ones = torch.stack([x[1 % axis.size, 1] for x in every])
+    assert torch.equal(wholes[0], rows) and torch.equal(wholes[1], ones), "all_gather_several"
+    two = torch.stack(flat).sum(0).view(axis.size, 2)[axis.index]
+    assert torch.equal(parts[0], total) and torch.equal(parts[1], two), "reduce_scatter_several"
     return dict(counted), dict(witness.bytes)
 
 
 def test_asynchronous_collectives(ranks: Ranks) -> None:
+    gathered, scattered = 2 * 12 + 4, (2 * 4 + 2) * 4 * WORLD
     for counted, seen in ranks(asynchronous, world_size=WORLD):
-        assert counted == {("dp", "all_gather"): 12, ("dp", "reduce_scatter"): 4 * 4 * WORLD}
-        assert seen == {"all_gather": 12, "reduce_scatter": 4 * 4 * WORLD}
+        assert counted == {("dp", "all_gather"): gathered, ("dp", "reduce_scatter"): scattered}
+        assert seen == {"all_gather": gathered, "reduce_scatter": scattered}
     assert ranks(asynchronous, world_size=1) == [({}, {})]
 
 
-@pytest.mark.parametrize("which", ["gather", "scatter"])
+@pytest.mark.parametrize("which", ["gather", "scatter", "gather_several", "scatter_several"])
 def test_broken_ones_are_noticed(ranks: Ranks, which: str) -> None:
     from picotron_mini.launch import RankError
 

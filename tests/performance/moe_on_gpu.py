@@ -27,6 +27,7 @@ from picotron_mini.mesh import Axis
 from picotron_mini.model import moe as moe_module
 from picotron_mini.model.costs import parameters
 from picotron_mini.model.moe import Experts, MoE, Pool, fits_grouped, local_dispatch
+from picotron_mini.model.permute import PLAIN, fused
 from picotron_mini.moe.dispatch import plan
 from picotron_mini.presets import preset
 
@@ -159,15 +160,24 @@ def parts_of_a_layer() -> dict[str, Any]:
         def nothing(rows: Tensor, counts: Tensor) -> Tensor:
             return rows
 
-        nothing.gate = moe.experts.gate  # type: ignore[attr-defined]
+        nothing.gate, nothing.passes = moe.experts.gate, PLAIN  # type: ignore[attr-defined]
+
+        def compiled(rows: Tensor, counts: Tensor) -> Tensor:
+            return rows
+
+        compiled.gate, compiled.passes = moe.experts.gate, fused()  # type: ignore[attr-defined]
         alone = Axis("ep", 1, 0, (0,))
         out = {
             "layer": milliseconds(lambda: moe(x)),
             "router": milliseconds(lambda: moe.route(x, Pool())),
             "permutation": milliseconds(lambda: local_dispatch(flat, chosen, weights, nothing, None, chosen.numel())),  # type: ignore[arg-type]
+            "permutation_compiled": milliseconds(
+                lambda: local_dispatch(flat, chosen, weights, compiled, None, chosen.numel())  # type: ignore[arg-type]
+            ),
             "permutation_and_counting": milliseconds(lambda: local_dispatch(flat, chosen, weights, nothing)),  # type: ignore[arg-type]
             "experts": milliseconds(lambda: moe.experts(flat.repeat(2, 1), _even(8, 2 * TOKENS))),
             "plan_with_host_wait": milliseconds(lambda: plan([chosen], alone, 8)),
+            "plan_compiled": milliseconds(lambda: plan([chosen], alone, 8, fuse=True)),
         }
     print(f"a layer, forward, {TOKENS} tokens, milliseconds: {out}", flush=True)
     return out

@@ -59,7 +59,8 @@ def several(gpus: int) -> list[tuple[str, int, int, dict[str, object]]]:
     dp, tp, pp, cp = (f"{axis}={gpus}" for axis in ("dp", "tp", "pp", "cp"))
     sequence = {"sequence_parallel": True}
     return [
-        *((dp, 4, 4, {"zero": zero, "compile": zero < 3}) for zero in (1, 2, 3)),
+        *((dp, 4, 4, {"zero": zero}) for zero in (1, 2, 3)),
+        *((dp, 4, 4, {"zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 8)),
         *((tp, 4, 4, {**sequence, "tensor_overlap": parts}) for parts in (1, 2, 4)),
         (pp, 4, 8, {}),
         (pp, 4, 8, {"schedule": "interleaved"}),
@@ -91,7 +92,8 @@ def main() -> None:
             results.append(measured(layout, micro_batch_size, micro_batches))
     for layout, micro_batch_size, micro_batches, settings in several(gpus) if gpus > 1 else []:
         small = {name: value for name, value in settings.items() if name not in ("seq_len", "compile")}
-        results.append(verified(layout, dtype="float32", micro_batches=2 * gpus, **small))
+        dtype = "bfloat16" if "masters" in small else "float32"
+        results.append(verified(layout, dtype=dtype, micro_batches=2 * gpus, **small))
         results.append(measured(layout, micro_batch_size, micro_batches, **settings))
     both = {"recompute": "full", "loss_chunks": 8}
     memory = [(4, 4, {"loss_chunks": 8}), (4, 4, {"recompute": "full"}), (4, 4, both)]
