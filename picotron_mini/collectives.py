@@ -138,6 +138,14 @@ def _all_reduce(x: Tensor, key: str) -> Tensor:
     return out
 
 
+@_operator("all_reduce_max(Tensor x, str key) -> Tensor", _same)
+def _all_reduce_max(x: Tensor, key: str) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    ledger.record(key, "all_reduce", out)
+    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=GROUPS[key])
+    return out
+
+
 @_operator(
     "all_gather(Tensor x, str key, int size) -> Tensor",
     lambda x, key, size: x.new_empty((size * x.shape[0], *x.shape[1:])),
@@ -181,12 +189,7 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
     """Elementwise maximum over the axis, as `all_reduce` is the sum. Has no gradient."""
-    if axis.size == 1:
-        return x
-    out = x.detach().clone()
-    ledger.record(axis.key, "all_reduce", out)
-    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=axis.group)
-    return out
+    return x if axis.size == 1 else _all_reduce_max(x.detach(), axis.key)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int, total: int | None = None) -> Tensor:

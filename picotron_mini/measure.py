@@ -34,8 +34,8 @@ LAYERS = 2  # of a timed pass: enough that the time of one is not that of its st
 ROUNDS = 10
 SIZES = (2**10, 2**16, 2**20, 2**23)  # bytes of the timed messages
 ELEMENTS = 8_000_000  # of the timed update, or as many as the model has
-SQUARE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the timed product
-COPIED = {"cuda": 2**28, "cpu": 2**24}  # numbers of 4 bytes of the timed copy
+SQUARE = {"cuda": 8192, "cpu": 512}  # rows and columns of the timed product
+COPIED = {"cuda": 2**28, "cpu": 2**23}  # numbers of 4 bytes of the timed copy
 SMALL = 200  # operators of the timed starts
 
 

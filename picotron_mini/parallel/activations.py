@@ -9,7 +9,8 @@ in numbers of the compute's width w unless said, with H, Hkv, F the rank's share
     recompute full       D, the layer's input
     recompute selective  the layer's, without the MLP's 4 F
     loss                 V float32 log-probabilities (compiled: V logits of w bytes; over a split vocabulary the
-                         shifted logits and their exponentials, V/tp float32 each), and the final norm
+                         shifted logits and their exponentials, V/tp float32 each; compiled: one of the two), and the
+                         final norm
     loss in chunks       D and, once for all tokens, V D float32: gradients that are known already
     with experts         a layer without its MLP, and what `expert_costs.py` says of the mixture in its place
 
@@ -19,7 +20,7 @@ micro-batches as its schedule has live at once (`Timeline.peak_live`).
 The peak comes at one of three moments, all of which have everything that is kept between steps (`footprint.py`) below:
 
     the loss's backward    all that is kept, and the gradients of log-probabilities and logits, V float32 each
-                           (compiled: one, of w bytes; over a split vocabulary three)
+                           (compiled: one, of w bytes; over a split vocabulary, eagerly, three)
     a layer's backward     all that is kept but the loss's, the layer's own gradients, with recompute the layer again
     the optimizer          nothing of the above; eagerly on a CPU AdamW makes one temporary as large as a moment
 
@@ -91,13 +92,13 @@ def activations(run: RunConfig, experts: bool = False, skew: float = 1.0) -> Act
         gradients, largest = mixed.gradients, 0
     kept = {"none": whole - routing, "selective": whole - routing - mlp, "full": width * w * between}[train.recompute]
     routing = routing if train.recompute == "none" else 0
-    narrow = (
-        w if train.compile and mesh.tp == 1 else wide
-    )  # a compiled loss keeps logits, an eager one log-probabilities
     norm = ((width * w + wide) if train.compile else (2 * width + 1) * wide) * between + width * w * tokens
-    # in numbers of V: what is kept, and what the backward makes beside it
-    number, more = (2, 3) if mesh.tp > 1 else (1, 1) if narrow < wide else (1, 2)
-    loss, loss_backward = norm + number * vocabulary * narrow * tokens, more * vocabulary * narrow * tokens
+    # in bytes for each of V: what is kept, and what the backward makes beside it
+    if mesh.tp > 1:
+        each, more = (wide, w) if train.compile else (2 * wide, 3 * wide)
+    else:
+        each, more = (w, w) if train.compile and w < wide else (wide, 2 * wide)
+    loss, loss_backward = norm + each * vocabulary * tokens, more * vocabulary * tokens
     if train.loss_chunks > 1:
         loss_backward = -(-(loss + loss_backward - norm) // train.loss_chunks)
         loss = norm + width * w * tokens + vocabulary * width * wide

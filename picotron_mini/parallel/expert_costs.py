@@ -105,7 +105,7 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
     assert moe is not None
     w = ITEMSIZE[train.dtype]
     wide, width, inner = max(w, 4), run.model.hidden_size, moe.expert_size // mesh.tp
-    experts = rows.routed * (2 * width + 3 * inner) * w + 4 * moe.shared_size // mesh.tp * rows.tokens * w
+    experts: float = rows.routed * (2 * width + 3 * inner) * w + 4 * moe.shared_size // mesh.tp * rows.tokens * w
     if w < 4 and not train.compile:  # the router keeps its input widened; only a shared expert keeps it as it was
         experts += rows.tokens * width * (4 if moe.shared_size else 4 - w)
     scores = moe.num_experts + (moe.num_experts + 1 if moe.z_weight else 0) + rows.columns + 2
@@ -115,11 +115,11 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
     else:
         routing += 16 * mesh.ep * rows.tokens + rows.received * rows.columns * (2 * wide + 24)
     one = moe.num_experts // mesh.ep * width * inner * w  # the gradient of one projection of all experts here
-    outputs = rows.routed * width * (w + wide + (wide if w < 4 else 0))
+    made = rows.routed * width * (w + wide + (wide if w < 4 else 0))  # of outputs
     if grouped(run):  # all experts' SwiGLU at once
-        made = max(outputs, 3 * rows.routed * inner * w)
+        made = max(made, 3 * rows.routed * inner * w)
     else:  # a loop makes the weights' gradients of each expert, then puts them together: what experts kept is gone
-        made = max(outputs, rows.routed * width * w + 4 * one - experts)
+        made = max(made, rows.routed * width * w + 4 * one - experts)
     # of the layer's output, twice; where rows travel, their gradients as they leave and as they come
     passing = (2 * rows.tokens + (rows.sent + rows.received if mesh.ep > 1 else 0)) * width * w
     return Mixture(int(experts), int(routing), int(passing + made))

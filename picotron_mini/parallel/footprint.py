@@ -13,7 +13,8 @@ Experts that are spread over ep have their rows cut over edp in place of dp, whi
 
 That is with masters=whole. Split ones (memory/masters.py) take 2 in place of 4; with masters=none there are none, and
 AdamW has w E twice (w E/N). Gradients and state are of trained parameters only, P of them. AdamW also has a step
-counter of 4 bytes for each. Above this comes what a step makes and drops: activations, buckets under way, and in zero 3 the weights of two units.
+counter of 4 bytes for each. Above this comes what a step makes and drops: activations, buckets under
+way, and in zero 3 the weights of two units.
 
 ZeRO (arXiv 1910.02054) calls this the model states. An estimate that is not checked against a run is a guess; the
 tests count storages.

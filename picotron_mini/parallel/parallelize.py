@@ -212,9 +212,8 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             moe.experts.passes = fused()
         for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
             norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
-        if mesh.shape.tp == 1:  # fused, the float32 logits are never written; over a split vocabulary it stays eager
-            for chunk in chunks:
-                chunk.cross_entropy = torch.compile(chunk.cross_entropy)
+        for chunk in chunks:  # fused, the float32 logits are never written
+            chunk.cross_entropy = torch.compile(chunk.cross_entropy, fullgraph=True)
 
     # 6 recompute
     for chunk in chunks:

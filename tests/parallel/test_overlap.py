@@ -95,7 +95,7 @@ def compiled_and_not(settings: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{}, {"sequence_parallel": True}, {"sequence_parallel": True, "recompute": "full"}]
+    "settings", [{}, {"sequence_parallel": True}, {"sequence_parallel": True, "recompute": "full", "loss_chunks": 5}]
 )
 def test_a_compiled_layer_is_one_graph_for_all_layers(settings):
     """In one graph, or the compiler would refuse; and no second one for other layers, or it would give up at many."""
@@ -105,7 +105,8 @@ def test_a_compiled_layer_is_one_graph_for_all_layers(settings):
         for name, gradient in eager[1].items():
             torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-9, atol=1e-12)
         assert compiled[2] == eager[2]
-        assert eager[3] == 0 and compiled[3] == (2 if "recompute" in settings else 1)  # without a gradient, and with
+        layers = 2 if "recompute" in settings else 1  # without a gradient, and with
+        assert eager[3] == 0 and compiled[3] == layers + 1  # and the loss
 
 
 @pytest.mark.parametrize(

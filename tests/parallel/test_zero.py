@@ -549,7 +549,7 @@ def compiled(stage: int, recompute: str) -> tuple[Any, Any, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("recompute", "graphs"), [("none", 3), ("full", 4)])
 def test_all_layers_share_one_compiled_graph(ranks: Ranks, recompute: str, graphs: int) -> None:
-    """One for a layer, one for the last norm, one for the loss; with recompute one more, of a layer that keeps nothing."""
+    """One for a layer, the last norm and the loss each; with recompute one more, of a layer that keeps nothing."""
     for eager, fast, number in ranks(compiled, 3, recompute, world_size=2):
         for before, after in zip(eager, fast, strict=True):
             assert before.keys() == after.keys() and len(before) > 100
