@@ -32,9 +32,9 @@ from dataclasses import dataclass
 from ..config import RunConfig
 from .expert_traffic import ITEMSIZE, Rows, even_rows, even_step
 
-# Operators of a forward that do work, counted (a test counts them again): of a dense layer; of one with experts, what
-# each expert adds where a loop runs them, and what their exchange adds.
-DENSE, MIXED, EACH, EXCHANGE = 47, 73, 5, 37
+# Operators of a forward that do work, counted (a test counts them again): of a dense layer; of the head with the loss;
+# of a layer with experts, what each expert adds where a loop runs them, and what their exchange adds.
+DENSE, HEAD, MIXED, EACH, EXCHANGE = 47, 20, 73, 5, 37
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
     if w < 4 and not train.compile:  # the router keeps its input widened; only a shared expert keeps it as it was
         experts += rows.tokens * width * (4 if moe.shared_size else 4 - w)
     scores = moe.num_experts + (moe.num_experts + 1 if moe.z_weight else 0) + rows.columns + 2
-    routing = rows.tokens * (scores * wide + 8 * rows.columns)
+    routing: float = rows.tokens * (scores * wide + 8 * rows.columns)
     if mesh.ep == 1:
         routing += rows.tokens * rows.columns * (wide + 24)
     else:

@@ -51,7 +51,7 @@ class Machine:
     product_flops: float  # in matrix products, a second
     attention_flops: float  # in fused attention, a second, the masked half not counted
     activation_bandwidth: float  # bytes of kept activations a second, written in forward
-    launch: float  # seconds for each layer or head, whatever its size; a backward costs two
+    launch: float  # seconds for each dense layer, whatever its size; a backward costs two
     accumulate: float  # seconds for each element of a gradient and micro-batch
     update: float  # seconds for each float32 element that AdamW updates; others by `work.moved_by_update`
     overlap: float  # share of a message that passes beside computing, 0 to 1

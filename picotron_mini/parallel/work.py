@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from ..config import ModelConfig, RunConfig, TrainConfig
 from ..model.costs import head_flops, layer_matrix_parameters, mlp_parameters
 from .activations import activations, share_of
-from .expert_costs import DENSE, flow, operators
+from .expert_costs import DENSE, HEAD, flow, operators
 from .machine import Machine
 
 
@@ -27,7 +27,7 @@ class Work:
     products: float  # flops
     attention: float  # flops, the masked half not counted
     activations: float  # bytes
-    modules: float  # layers and heads; a layer with experts counts by its operators
+    modules: float  # dense layers; a head, or a layer with experts, counts by its operators
 
     def seconds(self, machine: Machine) -> float:
         """The time on a machine, of a forward."""
@@ -74,7 +74,7 @@ def forward_work(run: RunConfig, layers: Collection[int], head: bool, skew: floa
         out += Work(number * products, 0, number * each.layer_whole, number * _modules(run, experts))
     if head:
         each = activations(run)
-        out += Work(head_flops(model) / mesh.tp * tokens, 0, each.loss + each.loss_backward, 1)
+        out += Work(head_flops(model) / mesh.tp * tokens, 0, each.loss + each.loss_backward, HEAD / DENSE)
     return out
 
 

@@ -448,6 +448,12 @@ def test_operators_of_layers_are_counted() -> None:
             part(x)
         return counted.number
 
+    head = GPT(replace(MODEL, head_dim=16), layers=(), embed=False)
+    init_weights(head, 0)
+    x = torch.randn(2, 16, MODEL.hidden_size, requires_grad=True)
+    with Count() as counted:
+        head.loss(head(x), torch.zeros(2, 16, dtype=torch.int64))
+    assert counted.number - 1 == expert_costs.HEAD  # one of them makes the targets
     assert count(MODEL) == expert_costs.DENSE
     assert count(replace(MODEL, moe=EXPERTS)) == expert_costs.operators(mixed("dp=2"))
     away = count(replace(MODEL, moe=EXPERTS), away=True)  # all experts are here, so only the exchange is more
