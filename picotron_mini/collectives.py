@@ -437,32 +437,36 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis.key)
 
 
+# Both work along dim 0, and what puts another dim there stands outside: inside, an operation that has nothing to do
+# (`contiguous` of what is in order) made torch 2.11's compiler lose the gradient, without a word.
 class _GatherFrom(Function):
     @staticmethod
-    def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
-        ctx.key, ctx.size, ctx.dim = key, size, dim
-        # in order: each product that follows would make, and keep, a copy in order of its own
-        return _all_gather(x.movedim(dim, 0), key, size).movedim(0, dim).contiguous()
+    def forward(ctx, x, key, size):  # type: ignore[no-untyped-def]
+        ctx.key, ctx.size = key, size
+        return _all_gather(x, key, size)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _reduce_scatter(grad.movedim(ctx.dim, 0), ctx.key, ctx.size).movedim(0, ctx.dim), None, None, None
+        return _reduce_scatter(grad, ctx.key, ctx.size), None, None
 
 
 class _ScatterTo(Function):
     @staticmethod
-    def forward(ctx, x, key, size, dim):  # type: ignore[no-untyped-def]
-        ctx.key, ctx.size, ctx.dim = key, size, dim
-        return _reduce_scatter(x.movedim(dim, 0), key, size).movedim(0, dim)
+    def forward(ctx, x, key, size):  # type: ignore[no-untyped-def]
+        ctx.key, ctx.size = key, size
+        return _reduce_scatter(x, key, size)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _all_gather(grad.movedim(ctx.dim, 0), ctx.key, ctx.size).movedim(0, ctx.dim), None, None, None
+        return _all_gather(grad, ctx.key, ctx.size), None, None
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Use the whole of what is cut along `dim`: all_gather forward, reduce_scatter of the gradient backward."""
-    return x if axis.size == 1 else _GatherFrom.apply(x, axis.key, axis.size, dim)
+    if axis.size == 1:
+        return x
+    whole = _GatherFrom.apply(x.movedim(dim, 0), axis.key, axis.size).movedim(0, dim)
+    return whole.contiguous()  # else each product that follows would make, and keep, a copy in order of its own
 
 
 def scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -470,4 +474,4 @@ def scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
     The axis' size must divide `dim`.
     """
-    return x if axis.size == 1 else _ScatterTo.apply(x, axis.key, axis.size, dim)
+    return x if axis.size == 1 else _ScatterTo.apply(x.movedim(dim, 0), axis.key, axis.size).movedim(0, dim)

@@ -410,9 +410,7 @@ def _sums_backward_too() -> None:
 
 
 def _scatters_without_gathering_back() -> None:
-    collectives._ScatterTo.backward = staticmethod(
-        lambda ctx, grad: (torch.cat([grad] * ctx.size, ctx.dim), None, None, None)
-    )
+    collectives._ScatterTo.backward = staticmethod(lambda ctx, grad: (torch.cat([grad] * ctx.size), None, None))
 
 
 def _rotates_nothing() -> None:
