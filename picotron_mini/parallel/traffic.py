@@ -63,7 +63,7 @@ from ..config import RunConfig
 from ..layout import Layout, Placement
 from .actions import route_of
 from .buckets import last_first
-from .expert_traffic import ITEMSIZE, Rows, Traffic, even_rows
+from .expert_traffic import ITEMSIZE, Rows, Traffic, even_step
 
 # the first parameter of what is one tensor-parallel pair, and the last of its products
 ENTRIES = ("attention.q.weight", "mlp.gate.weight", "mlp.router.weight")
@@ -133,8 +133,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows:
     if run.model.moe is not None:
         out += _routers(run, list(mine), set(trained), tokens, flows=not first)
     if run.model.moe is not None and mesh.ep > 1:
-        expected = even_rows(run.model.moe, mesh.ep, tokens * train.micro_batches)
-        rows = rows or dict.fromkeys(run.model.moe_layers, (expected, expected))
+        rows = rows or dict.fromkeys(run.model.moe_layers, even_step(run))
         out += _dispatch(run, list(mine), set(trained), rows, flows=not first)
     return +out  # without zeros
 
