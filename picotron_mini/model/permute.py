@@ -55,11 +55,6 @@ def sort(experts: Tensor, number: int, rest: bool) -> tuple[Tensor, Tensor, Tens
     return order, order // experts.shape[1], torch.where(experts < 0, -1, back.view_as(experts)), counts
 
 
-def spread(x: Tensor, token: Tensor) -> Tensor:
-    """x [N, D], token [M] -> rows [M, D]."""
-    return x.index_select(0, token)
-
-
 def add_up(rows: Tensor, place: Tensor) -> Tensor:
     """rows [M, D], place [N, K] -> [N, D], the sum of each token's rows."""
     each = rows.index_select(0, place.clamp(min=0).flatten()).unflatten(0, place.shape)  # [N, K, D]
@@ -98,10 +93,9 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 class Passes(NamedTuple):
-    """The functions above, as they are or compiled."""
+    """The functions above, as they are or compiled. Plain copying (`index_select`) is one kernel as it is."""
 
     sort: Callable[[Tensor, int, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
-    spread: Callable[[Tensor, Tensor], Tensor]
     add_up: Callable[[Tensor, Tensor], Tensor]
     weigh_up: Callable[[Tensor, Tensor, Tensor], Tensor]
     weigh_up_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -109,7 +103,7 @@ class Passes(NamedTuple):
     swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-PLAIN = Passes(sort, spread, add_up, weigh_up, weigh_up_backward, swiglu, swiglu_backward)
+PLAIN = Passes(sort, add_up, weigh_up, weigh_up_backward, swiglu, swiglu_backward)
 
 
 @cache  # one for all layers
@@ -179,7 +173,7 @@ class _Take(Function):
     def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor, passes: Passes) -> Tensor:
         ctx.passes = passes
         ctx.save_for_backward(place)
-        return passes.spread(x, token)
+        return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -190,14 +184,13 @@ class _Take(Function):
 class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor, passes: Passes) -> Tensor:
-        ctx.passes = passes
         ctx.save_for_backward(token)
         return _sum(rows, place, passes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (token,) = ctx.saved_tensors
-        return ctx.passes.spread(grad, token), None, None, None
+        return grad.index_select(0, token), None, None, None
 
 
 class _Combine(Function):
