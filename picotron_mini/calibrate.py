@@ -2,11 +2,17 @@
 
     calibrate(run, ranks) -> Machine
 
-**Computing.** Passes of known work (some layers and the head of the run's own model, at several micro-batches, and as
-narrow as tensor parallelism would leave them) are timed on all ranks at once, as in training: ranks of one host share
-its memory, and a rank alone would look faster than it will be. Each pass is one equation, its four numbers of work
-(`parallel/work.py`) times four unknown seconds; there are more equations than unknowns, so the squares of the relative
-errors are made least, with no rate below zero. The best of some rounds counts, of the slowest rank.
+**Computing.** Four rates are measured by themselves: a large matrix product, attention at the run's own sizes, a large
+copy, and the start of an operator. Then passes of known work (some layers and the head of the run's own model, at
+several micro-batches, and as narrow as tensor parallelism would leave them) are timed on all ranks at once, as in
+training: ranks of one host share its memory, and a rank alone would look faster than it will be. Each pass is one
+equation, its four numbers of work (`parallel/work.py`) times four seconds a unit.
+
+The passes alone do not determine these: in layers of one shape products and activations grow together, and whatever
+one is given the other loses. Least squares over them once found 3.5e15 flops a second on a GPU that makes 0.7e15. So
+each unknown stays within bounds of what was measured of it alone (`fit`): a product of a layer is slower than a large
+square one, but not by any factor; and between solutions that explain the passes equally well the nearest to those is
+taken. How far the worst pass is missed is kept with the machine, and beyond `MISSED` it is not planned with.
 
 **Sending.** Each collective at several sizes; latency and bandwidth are solved for in the same way.
 
@@ -24,7 +30,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -34,12 +40,19 @@ from .launch import launch, under_torchrun
 from .legality import resolve
 from .measure import OPERATIONS, SIZES, measure, passes, payload
 from .mesh import coordinates
+from .parallel.expert_costs import DENSE
 from .parallel.footprint import footprint
 from .parallel.machine import MACHINES, Link, Machine, from_json, to_json, wire_bytes
 from .parallel.messages import best_bucket
 from .parallel.parallelize import layout_of
 
 FREE = 1e30  # a rate that the fit found to cost nothing beside the others
+NEAR = 1e-3  # weight of what was measured alone
+COMPILED = 15  # operators of a compiled dense layer: seven products, attention, and what is fused between them
+MISSED = 0.25  # by which a rate may fail to explain the very passes that it was made from
+# Seconds a unit, over those that were measured alone: the least and the most. Products of a layer may be narrow; a kept
+# activation is written once at least, and by eager code read and written several times; starts may hide behind work
+BOUNDS = ((0.9, 4.0), (0.5, 2.0), (1.0, 12.0), (0.0, 3.0))
 
 
 def calibrated(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
@@ -114,14 +127,12 @@ def calibrate(run: RunConfig, ranks: int) -> Machine:
     slowest = {key: max(rank[key] for rank in found) for key in found[0]}
     works = passes(run)
     rows, times = [work.numbers() for work, _ in works], [slowest["forward", n] for n in range(len(works))]
-    product, attention, activation, launch_ = solve(rows, times)
-    expected = [
-        sum(
-            n * each
-            for n, each in zip(work.backward().numbers(), (product, attention, activation, launch_), strict=True)
-        )
-        for work, _ in works
-    ]
+    eager = not run.train.compile or run.model.moe is not None
+    alone = [slowest[name, 0] for name in ("product", "attention", "copy", "start")]
+    alone[3] *= DENSE if eager else COMPILED
+    units, missed = fit(rows, times, alone)
+    product_, attention, activation, launch_ = units
+    expected = [sum(n * each for n, each in zip(work.backward().numbers(), units, strict=True)) for work, _ in works]
     backward = statistics.median(slowest["backward", n] / seconds for n, seconds in enumerate(expected))
     cuda = run.train.device == "cuda"
     if ranks > 1:
@@ -136,10 +147,10 @@ def calibrate(run: RunConfig, ranks: int) -> Machine:
     return Machine(
         name=name, source=source if ranks > 1 else source + "; links: those of the preset h100",
         memory=torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory() / ranks,
-        product_flops=_rate(product), attention_flops=_rate(attention), activation_bandwidth=_rate(activation),
+        product_flops=_rate(product_), attention_flops=_rate(attention), activation_bandwidth=_rate(activation),
         launch=launch_, backward=backward, accumulate=slowest["accumulate", 0], update=slowest["update", 0],
         overlap=min(1.0, max(0.0, hidden)), ranks_per_host=ranks, inside=links,
-        cores=0 if cuda else os.cpu_count() or 1,
+        cores=0 if cuda else os.cpu_count() or 1, missed=missed,
     )  # fmt: skip
 
 
@@ -147,14 +158,41 @@ def _rate(seconds: float) -> float:
     return 1 / seconds if seconds > 0 else FREE
 
 
-def unknown_rates(machine: Machine) -> list[str]:
-    """The rates that the fit could not tell apart from the others; their times are in those."""
-    names = ("product_flops", "attention_flops", "activation_bandwidth")
-    return [name for name in names if getattr(machine, name) >= FREE]
-
-
 def _host_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def fit(rows: Sequence[Sequence[float]], times: Sequence[float], alone: Sequence[float]) -> tuple[list[float], float]:
+    """Seconds for a unit of each column that explain the times, near those that were measured alone.
+
+        least   sum over rows (row . x / time - 1)^2  +  NEAR sum over columns (x / alone - 1)^2
+        where   least <= x / alone <= most        for each column, by BOUNDS
+
+    The second sum makes the solution unique whatever the rows are; it is so light that it decides only what they leave
+    open. With so few columns every choice of those that are at a bound is tried; the best whose others are within wins.
+
+    Args:
+        alone: of each column, above 0.
+
+    Returns:
+        The seconds, and by which part the worst time is missed.
+    """
+    unit = torch.tensor(alone, dtype=torch.float64)
+    a = torch.tensor(rows, dtype=torch.float64) * unit / torch.tensor(times, dtype=torch.float64)[:, None]
+    number = len(BOUNDS)
+    wanted = torch.cat([a, NEAR**0.5 * torch.eye(number, dtype=torch.float64)])  # the second sum as rows of its own
+    aims = torch.cat([torch.ones(len(a)), torch.full((number,), NEAR**0.5)]).double()
+    best, best_error = torch.ones(number, dtype=torch.float64), float("inf")
+    for choice in product(("least", "most", "free"), repeat=number):
+        x = torch.tensor([most if at == "most" else least for at, (least, most) in zip(choice, BOUNDS, strict=True)])
+        x, free = x.double(), [column for column, at in enumerate(choice) if at == "free"]
+        if free:
+            fixed = [column for column in range(number) if column not in free]
+            x[free] = torch.linalg.lstsq(wanted[:, free], (aims - wanted[:, fixed] @ x[fixed])[:, None]).solution[:, 0]
+        within = all(least <= value <= most for value, (least, most) in zip(x.tolist(), BOUNDS, strict=True))
+        if within and (error := float(((wanted @ x - aims) ** 2).sum())) < best_error:
+            best, best_error = x, error
+    return [float(each) for each in best * unit], float((a @ best - 1).abs().max())
 
 
 def solve(rows: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:

@@ -2,7 +2,8 @@
 
 All settings of `RunConfig` are flags, without prefixes, in every command that has them: `--layout dp=2,tp=2` (or just
 `dp=2,tp=2`), `--seq-len 512`, ... They change a preset (`--preset laptop`) or a file (`--config run.toml`, `.yaml` or
-`.json`, with the names of `RunConfig`), in this order: preset, file, flags.
+`.json`, with the names of `RunConfig`), in this order: preset, file, flags. A flag of experts (`--num-experts 8`) makes
+a dense model a mixture.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -24,7 +26,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 import yaml
 
-from .config import ConfigError, Device, Dtype, RunConfig, UserError, from_dict, to_dict
+from .config import ConfigError, Device, Dtype, MoEConfig, RunConfig, UserError, from_dict, to_dict
 from .presets import PRESETS, preset
 
 # What needs torch is imported inside the commands, so that `--help` and a misspelt command answer at once.
@@ -69,6 +71,7 @@ class Plan(Run):
     link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
     host_link_gb_s: float = 0.0  # ... between hosts, for each rank
     ranks_per_host: int = 0  # 0: the machine's
+    skew: str = "1"  # load of the busiest rank with experts over the even one, or a run's folder, which has measured it
     dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 
@@ -91,6 +94,9 @@ class Generate:
 class Progress:
     """Show which exercises of the lessons are passed."""
 
+
+# those of the settings of a mixture of experts, which a dense model has not: a parser would not know them
+EXPERT_FLAGS = {f"--{name.replace('_', '-')}" for name in MoEConfig.__dataclass_fields__}
 
 C = TypeVar("C")
 STOPPED = 128 + signal.SIGINT  # the exit status of a run that was asked to end early
@@ -168,11 +174,15 @@ def _parse(kind: type[C], name: str, args: list[str], run: RunConfig | None = No
         if file is not None:
             run = _merge(run, read_config(Path(file)))
         args = _name_bare_layout(args)
+        if run.model.moe is None and any(arg.split("=")[0].replace("_", "-") in EXPERT_FLAGS for arg in args):
+            run = replace(run, model=replace(run.model, moe=MoEConfig()))
         base["default"] = kind(run=run)  # type: ignore[call-arg]
     if sum(arg.split("=")[0] == "--layout" for arg in args) > 1:
         raise ConfigError("the layout is given more than once; write all axes as one, as dp=2,tp=2")
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
     described = (kind.__doc__ or "") + (f" Also --preset {{{','.join(PRESETS)}}} and --config FILE." if base else "")
+    if run is not None and run.model.moe is None:
+        described += " A flag of experts makes the model a mixture: " + ", ".join(sorted(EXPERT_FLAGS)) + "."
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
@@ -342,6 +352,7 @@ def describe_command(args: list[str]) -> int:
 
     from .legality import resolve
     from .parallel.describe import describe
+    from .planner import memory_table
 
     run = wanted.run
     vocab_size = run.model.vocab_size or run.data.expected_vocab_size
@@ -350,6 +361,7 @@ def describe_command(args: list[str]) -> int:
         gpus = max(gpus, 1 if run.layout == "auto" else run.mesh.world_size)
     run = resolve(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus=gpus)
     _print(describe(run))
+    _print(memory_table(run))
     return 0
 
 
@@ -362,7 +374,7 @@ def plan_command(args: list[str]) -> int:
     run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size))
     if not any(arg.partition("=")[0] == "--layout" for arg in _name_bare_layout(args)):
         run = replace(run, layout="auto")  # a preset's or a file's is only one of those to be compared
-    found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}))
+    found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}), _width())
     if wanted.json:
         print(json.dumps(found.data, allow_nan=False))
     else:
@@ -396,11 +408,15 @@ def progress_command(args: list[str]) -> int:
     return 0
 
 
+def _width() -> int:
+    """Columns of text that there is room for; in a file or a pipe 120."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+
+
 def _print(what: Any) -> None:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    Console(width=width).print(what)
+    Console(width=_width()).print(what)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -184,6 +184,7 @@ class TrainConfig:
     bucket_mb: float = 25.0  # gradients are reduced in buckets of this many MiB; 0: chosen from this machine's links
     compress: Literal["none", "bf16", "topk"] = "none"  # how gradients travel over dp: as they are, or lossy
     compress_keep: float = 0.01  # share of each gradient's entries that compress=topk sends
+    reduce_group: int = 0  # dp (and cp) ranks of one host, which sum gradients before hosts do; 0: all ranks at once
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
     dispatch_parts: int = 1  # of the tokens on their way to experts on other ranks: one computes, the next travels
     place_every: int = 0  # steps after which experts are spread over ep anew, by their load; 0: they stay

@@ -11,6 +11,9 @@ The ledger counts what the rank hands to `torch.distributed`, which must be what
 byte. The tensors that stay are counted as well, and must be what `footprint` says. Values are not computed: that they
 are right is for `verify`, on the same layout with smaller axes.
 
+One thing does depend on values: to which experts tokens go. Here as many rows travel as evenly chosen experts get
+(`expert_traffic.even_rows`), which is also what is predicted; with a router's real choices both change alike.
+
     dry_run(run, rank=517).problems        what differs, in words; empty when all agrees
 """
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,9 +35,11 @@ from .config import ConfigError, RunConfig
 from .data.loader import Batch
 from .memory.masters import SplitMasters
 from .mesh import GROUPS, Mesh, coordinates
+from .moe.dispatch import ExpertDispatch
 from .monitoring.units import bytes_text
 from .parallel.data import GradientBuckets
-from .parallel.expert_traffic import Traffic
+from .parallel.expert import mixtures
+from .parallel.expert_traffic import Traffic, even_rows
 from .parallel.footprint import Footprint, footprint
 from .parallel.parallelize import Parallel, layout_of, parallelize
 from .parallel.several import Several
@@ -94,6 +100,9 @@ def dry_run(run: RunConfig, rank: int) -> DryRun:
         with META, rehearsal():
             parallel = parallelize(run, Mesh.build(run.mesh), META)
             optimizer = make_optimizer(parallel.trained, run.train)
+            for moe in (each for chunk in parallel.chunks for each in mixtures(chunk)):
+                if isinstance(moe.dispatch, ExpertDispatch):
+                    moe.dispatch.expected = partial(even_rows, moe.config, run.mesh.ep)
             batches = [_batch(run) for _ in range(run.train.micro_batches)]
             with ledger.recording() as counted:
                 update(parallel, optimizer, compute_gradients(parallel, batches)[0])

@@ -195,12 +195,38 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"compress={train.compress} is for whole gradients, and zero={train.zero} cuts them; use zero=0")
     if not 0 < train.compress_keep <= 1:
         found.append(f"compress_keep={train.compress_keep} must lie above 0 and be at most 1")
+    if train.reduce_group:
+        found += _reduce_group_problems(mesh, train)
     if train.zero_group and not train.zero:
         found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
     elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):
         groups = [d for d in divisors(mesh.dp) if d > 1]
         near = f"zero_group could be {nearest(train.zero_group, groups)}" if groups else "leave it out"
         found.append(f"zero_group={train.zero_group} does not cut dp={mesh.dp} into groups of 2 or more; {near}")
+    return found
+
+
+def _reduce_group_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
+    found, name, ranks = [], f"reduce_group={train.reduce_group}", mesh.dp * mesh.cp
+    if train.reduce_group < 2 or ranks % train.reduce_group:
+        groups = [d for d in divisors(ranks) if d > 1]
+        near = f"reduce_group could be {nearest(train.reduce_group, groups)}" if groups else "leave it out"
+        found.append(f"{name} does not cut dp*cp={ranks} into groups of 2 or more; {near}")
+    if train.zero:
+        found.append(
+            f"{name} sums whole gradients on every rank, and zero={train.zero} only what a rank owns; "
+            "use reduce_group=0 (zero_group has groups for it), or zero=0"
+        )
+    if train.compress != "none":
+        found.append(
+            f"{name} sums a part of each bucket between hosts, and compress={train.compress} exchanges buckets "
+            "in a way of its own; use compress=none, or reduce_group=0"
+        )
+    if mesh.ep > 1:
+        found.append(
+            f"{name} groups neighbours of dp*cp, and with ep={mesh.ep} the copies of an expert are {mesh.ep} ranks "
+            "apart, so that its groups would be others; use ep=1, or reduce_group=0"
+        )
     return found
 
 

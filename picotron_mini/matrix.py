@@ -112,7 +112,7 @@ def sample(number: int, seed: int, max_ranks: int = MAX_RANKS) -> list[RunConfig
 
     Besides the technique everything is drawn that may matter to one: heads, widths, layers, vocabulary, tied or not,
     norms on queries and keys, sequence and micro-batches, masks, recompute, parts of the loss, what is frozen,
-    clipping, buckets, groups of ZeRO.
+    clipping, buckets, groups of ZeRO and of the sum of gradients.
     """
     draw = random.Random(seed)
     shapes = [mesh for mesh in meshes(max_ranks) if mesh.world_size > 1]
@@ -142,6 +142,7 @@ def _drawn_train(draw: random.Random, mesh: MeshShape) -> dict[str, Any]:
         "document_mask": draw.random() < 0.5, "recompute": draw.choice(_values("recompute")), "freeze": frozen,
         "loss_chunks": draw.choice((1, 1, 3)), "clip_norm": draw.choice((0.0, 0.5)), "seed": draw.randrange(1000),
         "bucket_mb": draw.choice((0.001, 0.01, 25.0)), "zero_group": draw.choice((0, 0, 2)),
+        "reduce_group": draw.choice((0, 0, 2)),
     }  # fmt: skip
 
 

@@ -2,8 +2,12 @@
 
     measure(run)     on every rank at once     ->   {("forward", 0): seconds, ("all_reduce", 2**20): seconds, ...}
 
+Four rates are measured by themselves, each by work that is nothing else: a large product, attention, a large copy, and
+very small operators, of which only the start takes time. Passes of the model can then be explained by them.
+
 All ranks start each call together (a barrier before it), and the best of some rounds counts: what disturbs makes
-slower, never faster.
+slower, never faster. On a CPU computing is timed by what the process has used of a core, messages by the clock on the
+wall.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from .config import MeshShape, RunConfig
 from .legality import layout_problems
 from .mesh import Axis, Mesh
 from .model.costs import parameters
-from .model.gpt import GPT, init_weights
+from .model.gpt import GPT, attend, init_weights
+from .model.permute import fused
 from .parallel.activations import share_of
+from .parallel.expert import mixtures, of_one_shape
 from .parallel.parallelize import DTYPES
 from .parallel.work import Work, forward_work
 from .training.optimizer import clip_factor, make_optimizer
@@ -29,6 +35,9 @@ LAYERS = 2  # of a timed pass: enough that the time of one is not that of its st
 ROUNDS = 10
 SIZES = (2**10, 2**16, 2**20, 2**23)  # bytes of the timed messages
 ELEMENTS = 8_000_000  # of the timed update, or as many as the model has
+SQUARE = {"cuda": 8192, "cpu": 512}  # rows and columns of the timed product
+COPIED = {"cuda": 2**28, "cpu": 2**23}  # numbers of 4 bytes of the timed copy
+SMALL = 200  # operators of the timed starts
 
 
 def payload(operation: str, size: int, ranks: int) -> float:
@@ -47,11 +56,40 @@ def passes(run: RunConfig) -> list[tuple[Work, tuple[int, int, bool]]]:
         for micro_batch in sorted({max(1, size // 2), size, 2 * size} if tp == 1 else {size}):
             train = replace(run.train, micro_batch_size=micro_batch, recompute="none", sequence_parallel=False)
             each = replace(run, layout=str(mesh), train=train)
-            out.append((forward_work(each, LAYERS, False), (micro_batch, tp, False)))
+            out.append((forward_work(each, timed_layers(run), False), (micro_batch, tp, False)))
     for micro_batch in (max(1, size // 2), 2 * size):
         each = replace(run, layout="1", train=replace(run.train, micro_batch_size=micro_batch))
-        out.append((forward_work(each, 0, True), (micro_batch, 1, True)))
+        out.append((forward_work(each, (), True), (micro_batch, 1, True)))
     return out
+
+
+def timed_layers(run: RunConfig) -> range:
+    """The last layers: of a mixture of experts those that have experts."""
+    return range(max(0, run.model.num_layers - LAYERS), run.model.num_layers)
+
+
+def direct(run: RunConfig, device: torch.device) -> dict[str, tuple[float, Callable[[], object]]]:
+    """What measures a rate by itself: units of work (flops, flops, bytes, operators), and a call that does them."""
+    dtype, n, train = DTYPES[run.train.dtype], SQUARE[device.type], run.train
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    shape = (train.micro_batch_size, train.seq_len, run.model.head_dim)
+    q = torch.randn(shape[0], run.model.num_heads, *shape[1:], device=device, dtype=dtype)
+    k, v = (torch.randn(shape[0], run.model.num_kv_heads, *shape[1:], device=device, dtype=dtype) for _ in range(2))
+    documents = torch.zeros(shape[:2], dtype=torch.int64, device=device) if train.document_mask else None
+    seen = train.seq_len * (1.0 if train.document_mask else 0.5)
+    large, other = (torch.zeros(COPIED[device.type], device=device) for _ in range(2))
+    small = torch.zeros(8, device=device)
+
+    def starts() -> None:
+        for _ in range(SMALL):
+            small.add_(1.0)
+
+    return {
+        "product": (2.0 * n**3, lambda: a @ b),
+        "attention": (4.0 * q.numel() * seen, lambda: attend(q, k, v, documents)),
+        "copy": (2.0 * large.nbytes, lambda: other.copy_(large)),
+        "start": (float(SMALL), starts),
+    }
 
 
 def measure(run: RunConfig) -> dict[tuple[str, int], float]:
@@ -61,20 +99,25 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     out: dict[tuple[str, int], float] = {}
 
-    def timed(*calls: Callable[[], object]) -> list[float]:
+    # a CPU's own time where nothing is waited for: what other programs take of the cores does not count
+    computing = time.perf_counter if cuda else time.process_time
+
+    def timed(*calls: Callable[[], object], clock: Callable[[], float] = computing) -> list[float]:
         """Best seconds of each call, all made in turn."""
         times: list[list[float]] = [[] for _ in calls]
         for round_ in range(ROUNDS + 2):
             barrier(axis)
             for call, found in zip(calls, times, strict=True):
                 _wait(device)
-                start = time.perf_counter()
+                start = clock()
                 call()
                 _wait(device)
                 if round_ > 1:
-                    found.append(time.perf_counter() - start)
+                    found.append(clock() - start)
         return [min(found) for found in times]
 
+    for name, (units, call) in direct(run, device).items():
+        out[name, 0] = timed(call)[0] / units
     for number, (_, which) in enumerate(passes(run)):
         forward, backward = _pass(run, which, device)
         out["forward", number], out["backward", number] = timed(forward, backward)
@@ -82,7 +125,7 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
         for operation, collective in OPERATIONS.items():
             for size in SIZES:
                 x = torch.ones(int(payload(operation, size, axis.size)) // 4, device=device)
-                (out[operation, size],) = timed(lambda c=collective, x=x: c(x, axis))  # type: ignore[misc]
+                (out[operation, size],) = timed(lambda c=collective, x=x: c(x, axis), clock=time.perf_counter)  # type: ignore[misc]
         x = torch.ones(SIZES[-1] // 4, device=device)
         forward, backward = _pass(run, passes(run)[0][1], device)
 
@@ -95,7 +138,7 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
             alone()
             work.wait()
 
-        out["alone", 0], out["both", 0] = timed(alone, both)
+        out["alone", 0], out["both", 0] = timed(alone, both, clock=time.perf_counter)
     weights = {
         str(i): torch.randn(250, 1000, device=device)
         for i in range(max(1, min(ELEMENTS, parameters(run.model)) // 250_000))
@@ -121,12 +164,14 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
 def _pass(run: RunConfig, which: tuple[int, int, bool], device: torch.device) -> tuple[Callable[[], object], ...]:
     """The forward and the backward of some layers, or of the head with the loss, to be called in turn."""
     micro_batch, tp, head = which
-    model = GPT(share_of(run.model, tp), layers=range(0 if head else LAYERS), embed=False, head=head)
+    model = GPT(share_of(run.model, tp), layers=() if head else timed_layers(run), embed=False, head=head)
     init_weights(model, 0)
     model = model.to(device, DTYPES[run.train.dtype])
     if run.train.compile:
-        for block in model.layers.values():
-            block.forward = torch.compile(block.forward, fullgraph=True)
+        for part, name in [each for block in model.layers.values() for each in of_one_shape(block)]:
+            setattr(part, name, torch.compile(getattr(part, name), fullgraph=True))
+        for moe in mixtures(model):
+            moe.experts.passes = fused()
         model.cross_entropy = torch.compile(model.cross_entropy)
     shape = (micro_batch, run.train.seq_len)
     hidden = torch.randn(

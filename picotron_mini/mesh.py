@@ -164,15 +164,15 @@ class Mesh:
     def halves(self, name: str, size: int) -> tuple[Axis, Axis]:
         """Cut an axis into groups of `size` neighbours: the group of this rank, and the ranks at its place in each.
 
-        Makes the process groups that are missing, so every rank must call it. The ledger counts both as `name`.
+        Makes the process groups that are missing, so every rank must call it. The ledger counts both as the axis.
         """
         axes = []
         for rank in range(self.shape.world_size):
-            base = axis_of(self.shape, rank, name)
+            base = Mesh(self.shape, rank)[name]
             start = base.index - base.index % size
             axes += [
-                (rank, Axis(name, size, base.index % size, base.ranks[start : start + size])),
-                (rank, Axis(name, base.size // size, base.index // size, base.ranks[base.index % size :: size])),
+                (rank, Axis(base.name, size, base.index % size, base.ranks[start : start + size])),
+                (rank, Axis(base.name, base.size // size, base.index // size, base.ranks[base.index % size :: size])),
             ]
         for _, axis in axes:
             if axis.size > 1 and axis.index == 0 and axis.key not in GROUPS:

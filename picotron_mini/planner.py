@@ -3,28 +3,46 @@
 plan --ranks 64 --machine h100-cluster --preset bench        the best layouts of 64 ranks
 plan dp=8,tp=4,pp=2 --machine h100-cluster ...               one layout, with where its seconds and bytes go
 plan dp=8,tp=4,pp=2 --dry-run ...                            its ranks' own code, without memory (dry_run.py)
+plan --ranks 8 --preset bench-moe --skew runs/NAME ...        experts as busy as in a run that was measured
 plan --measure                                               this machine, measured anew
+
+What `--json` prints is one object. Of layouts, whether one was named or all were ranked:
+
+    machine, source, memory_bytes     the machine's name, where its rates come from, what a rank may use
+    ranks                             how many
+    sorted_by                         "step_seconds"
+    considered, refused               settings that were predicted, and that are not legal (a named layout: 1, 0)
+    fits                              whether any does
+    layouts                           best first (`parallel.plan.to_dict`); where none fits, the one that needs least
+
+Of a dry run: layout, ok, problems (sentences), ranks: {rank: {"axis operation": bytes counted}}.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .calibrate import calibrated, unknown_rates
+from .calibrate import MISSED, calibrated
 from .config import ConfigError, RunConfig, UserError
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
 from .legality import resolve
+from .monitoring.metrics import read_metrics
 from .monitoring.units import bytes_text
+from .parallel.expert_costs import skew_of_loads
 from .parallel.machine import GIB, Link, Machine, find_machine
-from .parallel.plan import by_axis, plan, settings, table, to_dict
-from .parallel.predict import Prediction, predict
+from .parallel.plan import by_axis, plan, settings, to_dict
+from .parallel.plan_table import table
+from .parallel.predict import Prediction, memory_of_stages, predict
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Wish:
     link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
     host_link_gb_s: float = 0.0  # ... between hosts, for each rank
     ranks_per_host: int = 0  # 0: the machine's
+    skew: str = "1"  # load of the busiest rank with experts over the even one, or a run's folder, which has measured it
     dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 
@@ -50,19 +69,17 @@ class Answer:
     ok: bool
 
 
-def answer(run: RunConfig, wish: Wish) -> Answer:
+def answer(run: RunConfig, wish: Wish, width: int = 120) -> Answer:
     """Do what was asked.
 
     Args:
         run: with the vocabulary's size filled; its layout "auto" asks for all.
+        width: columns of text that there is room for.
 
     Raises:
         ConfigError: nothing legal, or contradicting wishes.
     """
-    if run.model.moe is not None:
-        raise ConfigError(
-            "plan does not predict mixtures of experts yet; `describe` says where they live, `bench` measures them"
-        )
+    skew = skew_wanted(run, wish.skew)
     if run.train.tensor_overlap > 1 and not wish.dry_run:
         raise ConfigError(
             f"plan does not predict what tensor_overlap={run.train.tensor_overlap} hides; leave it out, or measure it "
@@ -97,15 +114,50 @@ def answer(run: RunConfig, wish: Wish) -> Answer:
     machine = choose_machine(run, wish, min(ranks, here))
     on_gpu = wish.machine != "this" or bool(torch.cuda.device_count())
     run = replace(run, train=replace(run.train, device="cuda" if on_gpu else "cpu"))
+    about = {"machine": machine.name, "source": machine.source, "memory_bytes": machine.memory, "ranks": ranks,
+             "sorted_by": "step_seconds"}  # fmt: skip
     if known:
-        found = predict(resolve(run, gpus=ranks), machine)
-        return Answer(_one(found, machine), to_dict(found), found.fits)
-    result = plan(run, ranks, machine)
+        found = predict(resolve(run, gpus=ranks), machine, skew=skew(run.mesh.ep))
+        data = {**about, "considered": 1, "refused": 0, "fits": found.fits, "layouts": [to_dict(found)]}
+        return Answer(_one(found, machine), data, found.fits)
+    result = plan(run, ranks, machine, skew)
+    shown = result.ranked or ((result.smallest,) if result.smallest else ())
     data = {
-        "machine": machine.name, "source": machine.source, "ranks": ranks, "memory_bytes": machine.memory,
-        "considered": result.considered, "layouts": [to_dict(found) for found in result.ranked],
+        **about, "considered": result.considered, "refused": result.refused, "fits": bool(result.ranked),
+        "layouts": [to_dict(found) for found in shown],
     }  # fmt: skip
-    return Answer(table(result), data, bool(result.ranked))
+    return Answer(table(result, width=width), data, bool(result.ranked))
+
+
+def skew_wanted(run: RunConfig, text: str) -> Callable[[int], float]:
+    """The load of the busiest of so many ep ranks over the even one.
+
+    Args:
+        text: the number itself, or the folder of a run, whose last load of each expert is taken.
+
+    Raises:
+        ConfigError: the number is below 1, the model has no experts, or the run has other ones.
+        UserError: there is no such run.
+    """
+    moe = run.model.moe
+    if moe is None:
+        if text != Wish.skew:
+            raise ConfigError(f"skew={text} is for a mixture of experts, and this model is dense; leave it out")
+        return lambda ep: 1.0
+    try:
+        number = float(text)
+    except ValueError:
+        lines = [line for line in read_metrics(Path(text) / "metrics.jsonl").lines if "moe_load" in line]
+        if not lines or len(loads := lines[-1]["moe_load"][0]) != moe.num_experts:
+            has = f"{len(loads)} experts, and the model {moe.num_experts}" if lines else "no load of experts"
+            raise ConfigError(f"skew={text}: that run has {has}; give a number of 1 or above") from None
+        return partial(skew_of_loads, lines[-1]["moe_load"])
+    if not 1 <= number <= moe.num_experts:
+        raise ConfigError(
+            f"skew={text} must be between 1 (all ranks are equally busy) and num_experts={moe.num_experts}, or the "
+            "folder of a run"
+        )
+    return lambda ep: min(number, ep)
 
 
 def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
@@ -118,10 +170,11 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
         alone = replace(run.train, batch_size=0, zero=0, schedule="1f1b", sequence_parallel=False, recompute="none")
         gpus = torch.cuda.device_count()
         machine = calibrated(resolve(replace(run, layout="1", train=alone), gpus=gpus), ranks, wish.measure)
-        if unknown := unknown_rates(machine):
+        if machine.missed > MISSED:
             raise UserError(
-                f"{' and '.join(unknown)} could not be told apart from what else takes time: other programs may be "
-                "using this machine. Try again with --measure when it is quiet, or take a known one: --machine h100"
+                f"the rates measured here miss a pass that they were made from by {machine.missed:.0%}, more than "
+                f"{MISSED:.0%}: other programs may be using this machine. Try again with --measure when it is quiet, "
+                "or take a known one: --machine h100"
             )
     elif wish.measure:
         raise ConfigError(f"--measure measures this machine, and --machine {wish.machine} asks for another")
@@ -140,6 +193,24 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
 
 def _faster(links: Any, gb_s: float) -> dict[str, Link]:
     return {name: replace(link, bandwidth=gb_s * 1e9) for name, link in links.items()}
+
+
+def memory_table(run: RunConfig) -> Table:
+    """What a rank of each stage needs, predicted; for `describe`.
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
+    """
+    stages = memory_of_stages(run)
+    even = "; experts are taken to be equally busy (plan --skew)" if run.model.moe else ""
+    out = Table(title=f"memory of a rank at the worst moment of a step, predicted{even}", title_justify="left")
+    out.add_column("what for")
+    for number in range(len(stages)):
+        out.add_column(f"stage {number}", justify="right")
+    for kind in dict.fromkeys(kind for each in stages for kind in each):
+        out.add_row(kind, *(bytes_text(each.get(kind, 0)) for each in stages))
+    out.add_row("all", *(bytes_text(sum(each.values())) for each in stages), style="bold")
+    return out
 
 
 def _one(found: Prediction, machine: Machine) -> RenderableType:

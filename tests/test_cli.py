@@ -75,7 +75,7 @@ EVERYTHING = RunConfig(
         compress_keep=0.5, eval_every=3, eval_batches=2, seed=5,
         dtype="float64", device="cpu", compile=True, document_mask=True, virtual_stages=3, context="ulysses",
         sequence_parallel=True, masters="none", tensor_overlap=2, recompute="full", loss_chunks=3, zero=2, zero_group=2,
-        dispatch_parts=2, place_every=9,
+        dispatch_parts=2, place_every=9, reduce_group=4,
     ),
 )  # fmt: skip
 
@@ -500,7 +500,8 @@ def test_plan_ranks_layouts(capfd: pytest.CaptureFixture[str]) -> None:
     seconds = [each["step_seconds"] for each in found["layouts"]]
     assert seconds == sorted(seconds) and found["layouts"][0]["fits"]
     assert planned("--ranks", "4", "--machine", "h100") == 0
-    assert "4 ranks of h100 with 78 GiB" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "4 ranks of h100, 78 GiB each" in out and "fastest, by predicted step time" in out
     assert planned("--ranks", "4", "--machine", "h100", "--memory-gib", "1e-5") == 1
     assert "NOTHING FITS" in capfd.readouterr().out
 
@@ -512,8 +513,60 @@ def test_plan_of_one_layout(capfd: pytest.CaptureFixture[str]) -> None:
     slow = []
     for speed in ("100", "0.001"):
         assert planned("tp=2", "--machine", "h100", "--link-gb-s", speed, "--json") == 0
-        slow.append(json.loads(capfd.readouterr().out)["step_seconds"])
+        found = json.loads(capfd.readouterr().out)
+        slow.append(found["layouts"][0]["step_seconds"])
     assert slow[1] > 2 * slow[0]
+    assert planned("--ranks", "2", "--machine", "h100", "--json") == 0
+    ranked = json.loads(capfd.readouterr().out)
+    assert ranked.keys() == found.keys() and ranked["layouts"][0].keys() == found["layouts"][0].keys()
+    assert ranked["sorted_by"] == "step_seconds"
+
+
+EIGHT = ["--num-experts", "8", "--expert-size", "16"]
+
+
+def test_plan_of_a_mixture(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Flags of experts make the model a mixture; the busiest rank is told, or was measured by a run."""
+    assert planned("--ranks", "4", "--machine", "h100", *EIGHT) == 0
+    assert " ep " in capfd.readouterr().out
+    loads = [[0.5, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "moe_load": loads}) + "\n")
+    found = {}
+    for skew in ("1", "1.3", str(tmp_path)):
+        assert planned("dp=2,ep=2", "--machine", "h100", *EIGHT, "--skew", skew, "--json") == 0
+        (found[skew],) = json.loads(capfd.readouterr().out)["layouts"]
+    assert [round(each["skew"], 3) for each in found.values()] == [1.0, 1.3, 1.6]
+    assert found["1"]["memory"]["activations"] < found["1.3"]["memory"]["activations"]
+    assert found["1"]["memory"]["routing"] > 0 < found["1"]["bytes"]["ep"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--skew", "1.2"], "skew=1.2 is for a mixture of experts, and this model is dense"),
+        ([*EIGHT, "--skew", "0.5"], "skew=0.5 must be between 1 (all ranks are equally busy) and num_experts=8"),
+        ([*EIGHT, "--skew", "nan"], "skew=nan must be between 1"),
+    ],
+)
+def test_plan_refuses_a_skew(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert planned("--ranks", "2", "--machine", "h100", *args) == 2
+    assert words in capfd.readouterr().err
+
+
+def test_a_skew_needs_a_run_with_such_experts(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert planned("--ranks", "2", "--machine", "h100", *EIGHT, "--skew", str(tmp_path)) == 1
+    assert "metrics.jsonl does not exist" in capfd.readouterr().err
+    for line, words in (({"loss": 1.0}, "no load of experts"), ({"moe_load": [[0.5, 0.5]]}, "2 experts")):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        assert planned("--ranks", "2", "--machine", "h100", *EIGHT, "--skew", str(tmp_path)) == 2
+        assert words in capfd.readouterr().err
+
+
+def test_a_flag_of_experts_makes_a_mixture(taken: Callable[..., RunConfig]) -> None:
+    assert taken().model.moe is None
+    assert taken("--num-experts", "16").model.moe == MoEConfig(num_experts=16)
+    assert taken("--top_k=4").model.moe == MoEConfig(top_k=4)
+    assert taken("--preset", "moe-tiny", "--top-k", "4").model.moe == replace(PRESETS["moe-tiny"].model.moe, top_k=4)
 
 
 def test_plan_rehearses_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
@@ -532,7 +585,10 @@ def test_plan_rehearses_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
         (["--ranks", "2", "--machine", "h100", "--memory-gib", "nan"], "memory_gib=nan must be a number above 0"),
         (["tp=2", "--machine", "h100", "--tensor-overlap", "2"], "plan does not predict what tensor_overlap=2 hides"),
         (["--ranks", "2", "--machine", "h100", "--measure"], "asks for another"),
-        (["--ranks", "3", "--machine", "h100"], "batch_size=4 does not split over dp=3"),
+        (
+            ["--ranks", "3", "--machine", "h100"],
+            "2 or 4 would. With dp=3: batch_size=4 does not split over dp=3",
+        ),
     ],
 )
 def test_plan_refuses(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -562,6 +618,11 @@ def test_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     out, err = capsys.readouterr()
     assert err == ""
     assert "layers.*.attention.q.weight" in out and "bytes, stage 1" in out
+    assert "memory of a rank at the worst moment" in out and "routing" not in out
+    with pytest.raises(SystemExit):
+        main(["describe", "dp=2,ep=2", "--preset", "moe-tiny"])
+    out = capsys.readouterr().out
+    assert re.search(r"routing +│ +[\d.]+ [KM]iB", out) and "equally busy" in out
 
 
 @pytest.mark.parametrize("name", PRESETS)

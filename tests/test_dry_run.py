@@ -15,7 +15,7 @@ from rich.console import Console
 
 from picotron_mini import dry_run as module
 from picotron_mini.collectives import _all_reduce, ledger
-from picotron_mini.config import ConfigError, ModelConfig, RunConfig
+from picotron_mini.config import ConfigError, ModelConfig, MoEConfig, RunConfig
 from picotron_mini.dry_run import dry_run, sample, table
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import GROUPS
@@ -55,6 +55,40 @@ def test_agrees_with_the_prediction(layout: str, train: dict[str, Any]) -> None:
         assert result.problems == []
         assert result.held > 0
         assert bool(result.counted) == (run.mesh.world_size > 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "moe", "train"),
+    [
+        ("dp=1", {}, {}),
+        ("dp=2", {"dense_layers": 1}, {"recompute": "full"}),
+        ("dp=2,ep=2", {}, {}),
+        ("dp=4,ep=2", {}, {"zero": 1, "dtype": "bfloat16"}),
+        ("dp=4,ep=4", {"shared_size": 8, "z_weight": 0.1, "balance": "bias"}, {"zero": 3}),
+        ("dp=2,cp=2,ep=4", {"capacity": 1.25}, {"dispatch_parts": 3, "seq_len": 28}),
+        ("dp=2,tp=2,ep=2", {}, {"sequence_parallel": True, "recompute": "selective"}),
+        ("dp=2,pp=2,ep=2", {"choice": "expert", "balance": "none"}, {"zero": 2}),
+    ],
+)
+def test_agrees_with_the_prediction_for_experts(layout: str, moe: dict[str, Any], train: dict[str, Any]) -> None:
+    experts = replace(MoEConfig(num_experts=8, top_k=3, expert_size=16), **moe)
+    run = resolved(layout, replace(MODEL, moe=experts), **train)
+    for rank in sample(run):
+        result = dry_run(run, rank)
+        assert result.problems == []
+        if run.mesh.ep > 1:
+            assert result.counted["ep", "all_to_all"] > 0 < result.counted["ep", "counts"]
+
+
+def test_a_rehearsed_mixture_sends_what_evenly_chosen_experts_would() -> None:
+    """By hand: 8 experts on 2 ranks, top-1, so each token goes to one rank, and what it brings back has one row."""
+    model = replace(MODEL, moe=MoEConfig(num_experts=8, top_k=1, expert_size=16, normalize=False))
+    run = resolved("dp=2,ep=2", model, micro_batch_size=1, micro_batches=2)
+    tokens, width = 2 * run.train.seq_len, model.hidden_size
+    there = tokens * 8 * (width + 2)  # float64: a row, one weight, one expert
+    back = tokens * 8 * width
+    counted = dry_run(run, 0).counted
+    assert counted["ep", "all_to_all"] == model.num_layers * 2 * (there + back)  # ... and the gradients
 
 
 def test_sends_what_real_ranks_send() -> None:

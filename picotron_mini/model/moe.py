@@ -147,9 +147,11 @@ class Experts(nn.Module):
             gate, up = (torch._grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
             return torch._grouped_mm(gated(gate, up, self.passes), self.down.transpose(1, 2), offs=ends)
         weights = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
+        # without values (on the meta device, where shapes are all that is asked for) nothing was counted
+        sizes = counts.tolist() if not rows.is_meta else [len(rows), *[0] * (len(self.gate) - 1)]
         parts = [  # an expert without rows too: so each weight has a gradient, zeros
             F.linear(gated(F.linear(x, gate), F.linear(x, up), self.passes), down)
-            for x, (gate, up, down) in zip(rows.split(counts.tolist()), weights, strict=True)
+            for x, (gate, up, down) in zip(rows.split(sizes), weights, strict=True)
         ]
         return torch.cat(parts)
 
@@ -173,7 +175,7 @@ def local_dispatch(
         [N, D], zeros for a token without an expert, plus what the shared expert makes of it.
     """
     if routed is None:
-        routed = int((experts >= 0).sum())
+        routed = int((experts >= 0).sum()) if not experts.is_meta else experts.numel()
     order, token, place, counts = run.passes.sort(experts, len(run.gate), routed == experts.numel())
     order, token = order[:routed], token[:routed]
     rows = take(x, token, place, run.passes)  # [M, D]

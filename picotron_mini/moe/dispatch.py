@@ -35,7 +35,7 @@ Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows rec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -83,26 +83,38 @@ def by_rank(slots: Tensor, ranks: int, held: int) -> tuple[Tensor, Tensor, Tenso
     return torch.stack([need.sum(1), there.sum((1, 2))], 1), token, local, place
 
 
-def plan(parts: Sequence[Tensor], axis: Axis, held: int, fuse: bool = False) -> list[Plan]:
+def plan(
+    parts: Sequence[Tensor], axis: Axis, held: int, fuse: bool = False, expected: Callable[[int], int] | None = None
+) -> list[Plan]:
     """Agree on who sends what to whom. Every rank of the axis must call it.
 
     Args:
         parts: [N, K] int64 each, slots as in `by_rank`.
         held: experts on each rank.
         fuse: compile what comes before the exchange.
+        expected: rows of so many tokens, for a dry run: its tensors have no values, so nothing was decided.
     """
     ranks = axis.size
     mine = [(compiled(by_rank) if fuse else by_rank)(slots, ranks, held) for slots in parts]
     outgoing = torch.stack([numbers for numbers, *_ in mine], 1)  # [ranks, parts, 2]
     theirs, ones = torch.empty_like(outgoing), [1] * ranks
     all_to_all_async(theirs, outgoing, axis, ones, ones, "counts").wait()
-    numbers = torch.stack([outgoing, theirs]).tolist()  # the one point where the host waits for the GPU
+    if expected is not None:
+        numbers = [[[[to, to] for to in each] for each in _evenly(parts, ranks, expected)]] * 2
+    else:
+        numbers = torch.stack([outgoing, theirs]).tolist()  # the one point where the host waits for the GPU
     plans = []
     for number, (_, token, local, place) in enumerate(mine):
         sends, receives = ([to[number][0] for to in each] for each in numbers)
         rows = sum(sends)
         plans.append(Plan(token[:rows], place, local[:rows], sends, receives, sum(of[number][1] for of in numbers[1])))
     return plans
+
+
+def _evenly(parts: Sequence[Tensor], ranks: int, expected: Callable[[int], int]) -> list[list[int]]:
+    """Rows to each rank, of each part: [ranks, parts]."""
+    rows = [expected(len(slots)) for slots in parts]
+    return [[(rank + 1) * n // ranks - rank * n // ranks for n in rows] for rank in range(ranks)]
 
 
 class ExpertDispatch:
@@ -115,11 +127,13 @@ class ExpertDispatch:
 
     Attributes:
         slot: [E] int64, the slot of each expert, held * rank + place on that rank. None: expert e is in slot e.
+        expected: see `plan`; None outside of a dry run.
     """
 
     def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0) -> None:
         self.axis, self.held, self.parts, self.layer = axis, num_experts // axis.size, parts, layer
         self.slot: Tensor | None = None
+        self.expected: Callable[[int], int] | None = None
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None) -> Tensor:
         """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
@@ -131,7 +145,7 @@ class ExpertDispatch:
         # one part is not cut: its gradient would be copied
         xs, ws = (t.split(sizes) if self.parts > 1 else [t] for t in (x, weights))
         passes = run.passes
-        plans = plan(slots.split(sizes), self.axis, self.held, passes is not PLAIN)
+        plans = plan(slots.split(sizes), self.axis, self.held, passes is not PLAIN, self.expected)
         going = [self._start(*each, passes) for each in zip(xs, ws, plans, strict=True)]
         beside = None if shared is None else shared(x)
         coming = []

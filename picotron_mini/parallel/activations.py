@@ -12,6 +12,7 @@ in numbers of the compute's width w unless said, with H, Hkv, F the rank's share
                          shifted logits and their exponentials, V/tp float32 each; compiled: one of the two), and the
                          final norm
     loss in chunks       D and, once for all tokens, V D float32: gradients that are known already
+    with experts         a layer without its MLP, and what `expert_costs.py` says of the mixture in its place
 
 Sequence parallelism cuts what lies between the pairs (the norms' inputs) by tp. A stage of a pipeline keeps as many
 micro-batches as its schedule has live at once (`Timeline.peak_live`).
@@ -32,6 +33,7 @@ from dataclasses import dataclass, replace
 
 from ..config import ModelConfig, RunConfig
 from ..model.costs import layer_activation_bytes, layer_parameters
+from .expert_costs import mixture
 from .expert_traffic import ITEMSIZE
 
 
@@ -40,11 +42,18 @@ class Activations:
     """Bytes of one micro-batch on one rank."""
 
     layer: int  # a layer, from its forward to its backward
+    routing: int  # ... and what routers and dispatch of its mixture of experts keep beside it
     layer_again: int  # what recompute makes again in the layer's backward
     layer_gradients: int  # made and dropped inside a layer's backward
     loss: int  # the final norm, the head and the loss, from forward to backward
     loss_backward: int  # made and dropped inside the loss
     border: int  # hidden states between stages
+    weights: int  # of a dense layer's largest gradient of a weight, before it is added to its sum
+
+    @property
+    def layer_whole(self) -> int:
+        """What a layer makes in its forward."""
+        return self.layer + self.routing + self.layer_again
 
 
 def share_of(model: ModelConfig, tp: int) -> ModelConfig:
@@ -53,14 +62,19 @@ def share_of(model: ModelConfig, tp: int) -> ModelConfig:
     return replace(
         model, num_heads=model.num_heads // tp, num_kv_heads=max(1, model.num_kv_heads // tp), head_dim=head_dim,
         intermediate_size=model.intermediate_size // tp,
+        moe=model.moe and replace(
+            model.moe, expert_size=model.moe.expert_size // tp, shared_size=model.moe.shared_size // tp
+        ),
     )  # fmt: skip
 
 
-def activations(run: RunConfig) -> Activations:
+def activations(run: RunConfig, experts: bool = False, skew: float = 1.0) -> Activations:
     """What one micro-batch makes on a rank of this run.
 
     Args:
         run: resolved.
+        experts: of layers with experts, not of dense ones.
+        skew: see `expert_costs.py`.
     """
     train, mesh = run.train, run.mesh
     model, w = share_of(run.model, mesh.tp), ITEMSIZE[train.dtype]
@@ -68,9 +82,17 @@ def activations(run: RunConfig) -> Activations:
     tokens = train.micro_batch_size * train.seq_len // mesh.cp
     between = tokens // mesh.tp if train.sequence_parallel else tokens  # tokens outside the pairs
     vocabulary = -(-run.model.vocab_size // mesh.tp)
-    whole = layer_bytes(model, w, train.compile, tokens, between)
-    kept = {"none": whole, "selective": whole - 4 * inner * w * tokens, "full": width * w * between}[train.recompute]
-    norm = (2 * width + 1) * wide * between + width * w * tokens
+    whole = layer_bytes(replace(model, moe=None), w, train.compile, tokens, between)
+    mlp = (3 if train.compile else 4) * inner * w * tokens
+    routing, gradients = 0, (3 * inner + 2 * width) * w * tokens
+    largest = width * max(inner, model.num_heads * model.head_dim) * w
+    if experts:
+        mixed = mixture(run, skew)
+        whole, mlp, routing = whole - mlp + mixed.experts + mixed.routing, mixed.experts, mixed.routing
+        gradients, largest = mixed.gradients, 0
+    kept = {"none": whole - routing, "selective": whole - routing - mlp, "full": width * w * between}[train.recompute]
+    routing = routing if train.recompute == "none" else 0
+    norm = ((width * w + wide) if train.compile else (2 * width + 1) * wide) * between + width * w * tokens
     # in bytes for each of V: what is kept, and what the backward makes beside it
     if mesh.tp > 1:
         each, more = (wide, w) if train.compile else (2 * wide, 3 * wide)
@@ -82,11 +104,13 @@ def activations(run: RunConfig) -> Activations:
         loss = norm + width * w * tokens + vocabulary * width * wide
     return Activations(
         layer=kept,
+        routing=routing,
         layer_again=whole - kept if train.recompute != "none" else 0,
-        layer_gradients=(3 * inner + 2 * width) * w * tokens,
+        layer_gradients=gradients,
         loss=loss,
         loss_backward=loss_backward,
         border=width * w * between,
+        weights=largest,
     )
 
 
@@ -112,44 +136,68 @@ class Peak:
     """Bytes beyond what is kept between steps, at the worst moment."""
 
     activations: int
+    routing: int  # of them what routers and dispatch keep
     buffers: int  # gradients under way, messages, temporaries of the optimizer
 
+    @property
+    def total(self) -> int:
+        return self.activations + self.routing + self.buffers
 
-def stage_peak(run: RunConfig, layers: int, live: int, *, last: bool, size: int, elements: int) -> Peak:
+
+def stage_peak(
+    run: RunConfig, layers: tuple[int, int], live: int, *, last: bool, size: int, elements: int, skew: float = 1.0
+) -> Peak:
     """The peak of a pipeline stage.
 
     Args:
         run: resolved.
-        layers: that the stage holds in one chunk.
+        layers: that the stage holds in one chunk: dense ones, and those with experts.
         live: micro-batches of a chunk whose activations it holds at once.
         last: whether the head is here.
         size: elements of all gradients that backward makes here.
         elements: that the optimizer of this rank updates.
+        skew: see `expert_costs.py`.
     """
-    train, mesh, each = run.train, run.mesh, activations(run)
+    train, mesh = run.train, run.mesh
+    kinds = [(n, mix, activations(run, mix, skew)) for n, mix in zip(layers, (False, True), strict=True) if n]
+    each = activations(run)
     w, wide = ITEMSIZE[train.dtype], max(ITEMSIZE[train.dtype], 4)
-    share = share_of(run.model, mesh.tp)
     vocabulary = -(-run.model.vocab_size // mesh.tp) * run.model.hidden_size
-    largest = share.hidden_size * max(share.intermediate_size, share.num_heads * share.head_dim)
     messages = each.border * (live + 4) if mesh.pp > 1 else 0
-    kept = live * layers * each.layer + last * live * each.loss
+    kept = live * sum(n * one.layer for n, _, one in kinds)
+    routing = live * sum(n * one.routing for n, _, one in kinds)
+    loss = last * live * each.loss
+    rest = kept + loss - last * each.loss  # when the first backward has left the loss
     # gradients under way: one of a layer's weights before it is added to its sum; of a table that is tied and used
     # twice here, from the loss to the end of the backward; and what ZeRO 2 and 3 reduce
     tied = vocabulary * w if last and run.model.tie_embeddings and mesh.pp == 1 else 0
-    under_way = {2: wide * min(size, 3 * train.bucket_mb * 2**20 / wide), 3: 0.0}.get(train.zero, 0.0)
+    going = {2: wide * min(size, 3 * train.bucket_mb * 2**20 / wide), 3: 0.0}.get(train.zero, 0.0)
+    reduced = [going] * 2
     if train.zero == 3:
-        unit = max(layer_parameters(share), vocabulary)
-        under_way = min(unit * (4 * w + 3 * wide), size * (2 * w + 2 * wide))
+        unit = max(_unit(run, False), vocabulary)
+        reduced[False] = min(unit * (4 * w + 3 * wide), size * (2 * w + 2 * wide))
+        reduced[True] = 2 * w * _unit(run, True)  # worst in the last layer, before anything is reduced
     # in the loss's backward the reductions of the micro-batch before are still under way
-    still = int(under_way * 2 / 3) if train.zero == 2 and train.micro_batches > 1 else 0
+    still = int(going * 2 / 3) if train.zero == 2 and train.micro_batches > 1 else 0
     moments = [
-        Peak(kept + last * each.loss_backward, messages + still),
-        Peak(kept - last * each.loss + last * each.loss_backward // 2, messages + vocabulary * w * last),
+        Peak(kept + loss + last * each.loss_backward, routing, messages + still),
         Peak(
-            kept - last * each.loss + each.layer_again + each.layer_gradients,
-            int(messages + largest * w + tied + under_way),
+            kept + loss - last * each.loss + last * each.loss_backward // 2, routing, messages + vocabulary * w * last
         ),
     ]
+    moments += [
+        Peak(rest + one.layer_again + one.layer_gradients, routing, int(messages + one.weights + tied + reduced[mix]))
+        for _, mix, one in kinds
+    ]
     if train.device == "cpu":  # fused kernels need no temporary
-        moments.append(Peak(0, elements * wide))
-    return max(moments, key=lambda peak: peak.activations + peak.buffers)
+        moments.append(Peak(0, 0, elements * wide))
+    return max(moments, key=lambda peak: peak.total)
+
+
+def _unit(run: RunConfig, experts: bool) -> int:
+    """Elements of a layer's parameters on a rank; where ep spreads experts, of those here."""
+    share, moe = share_of(run.model, run.mesh.tp), run.model.moe
+    if moe is None or not experts:
+        return layer_parameters(replace(share, moe=None))
+    here = replace(moe, num_experts=moe.num_experts // run.mesh.ep, expert_size=moe.expert_size // run.mesh.tp)
+    return layer_parameters(replace(share, moe=replace(here, dense_layers=0)))

@@ -27,7 +27,7 @@ Paper: PyTorch DDP (arXiv 2006.15704). PyTorch's own: torch.nn.parallel.Distribu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 from ..collectives import Work, all_reduce_async, broadcast
 from ..mesh import Axis
+from .buckets import bucket as bucket  # also by this module's name
+from .buckets import last_first
 from .compress import Reduce
 from .rows import ALIGNED
 
@@ -53,22 +55,6 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None
     for parameter in parameters:
         if parameter.grad is not None:
             all_reduce_async(parameter.grad, axis).wait()
-
-
-def bucket(sizes: Sequence[int], itemsize: int, bucket_bytes: float) -> list[list[int]]:
-    """Group parameters, given in order with their sizes in elements, into buckets of about `bucket_bytes`.
-
-    Returns lists of indices. A bucket is closed once it has reached the size, so one large parameter fits.
-    """
-    buckets: list[list[int]] = []
-    filled = float("inf")
-    for index, size in enumerate(sizes):
-        if filled >= bucket_bytes:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(index)
-        filled += (size + 1) * itemsize  # one more for the flag
-    return buckets
 
 
 @dataclass
@@ -110,7 +96,7 @@ class GradientBuckets:
         parameters: those that are frozen or given twice (tied) are handled.
         axis: to sum over; with one rank it only accumulates.
         bucket_bytes: size at which a bucket is closed.
-        reduce: another way to sum a bucket (`compress.py`).
+        reduce: another way to sum a bucket (`compress.py`, `hierarchical.py`).
     """
 
     def __init__(
@@ -123,15 +109,14 @@ class GradientBuckets:
         self.axis, self.reduce = axis, reduce
         self.armed = False
         self.next = 0  # the bucket whose reduction is to be started next
-        # dict: a tied parameter once. Reversed: backward reaches the last layers first.
-        trained = [p for p in reversed(dict.fromkeys(parameters)) if p.requires_grad]
+        trained = [p for p in dict.fromkeys(parameters) if p.requires_grad]  # dict: a tied parameter once
         self.buckets: list[_Bucket] = []
         self._slots: dict[nn.Parameter, _Slot] = {}
         kinds = dict.fromkeys((torch.promote_types(p.dtype, torch.float32), p.device) for p in trained)
         for dtype, device in kinds:
             group = [p for p in trained if (torch.promote_types(p.dtype, torch.float32), p.device) == (dtype, device)]
-            for indices in bucket([p.numel() for p in group], dtype.itemsize, bucket_bytes):
-                self.buckets.append(self._make([group[i] for i in indices], dtype, device))
+            for together in last_first({p: p.numel() for p in group}, dtype.itemsize, bucket_bytes):
+                self.buckets.append(self._make(together, dtype, device))
 
     def _make(self, parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device) -> _Bucket:
         size = sum(p.numel() for p in parameters) + len(parameters)

@@ -54,6 +54,13 @@ ZERO = {  # ... and with zero=1, 2, 3
 }
 
 
+GROUPED = {  # ... and with reduce_group
+    "reduce_scatter": "gradients inside each group, while the last micro-batch's backward runs; a rank keeps a part",
+    "all_reduce": "that part over the groups, behind it (on the CPU after backward); the number of targets",
+    "all_gather": "all parts of the sum inside each group, behind that",
+}
+
+
 EXPERTS = {  # ... and what routers add
     ("dp", "all_reduce"): "rows of each expert, for the auxiliary loss, beside forward and backward",
     ("dp_cp", "all_reduce"): "rows of each expert, for the auxiliary loss, beside forward and backward",
@@ -65,6 +72,8 @@ EXPERTS = {  # ... and what routers add
 
 def _when(run: RunConfig, key: tuple[str, str]) -> str:
     text = ZERO[key][run.train.zero - 1] if run.train.zero and key in ZERO else WHEN.get(key, "")
+    if run.train.reduce_group and key[0] in ("dp", "dp_cp"):
+        text = GROUPED[key[1]]
     moe = run.model.moe
     if moe is None or key not in EXPERTS:
         return text

@@ -103,3 +103,17 @@ def even_rows(moe: MoEConfig, ep: int, tokens: int) -> int:
     """Rows to expect of so many tokens of a rank, sent or received, if all sets of experts are equally likely."""
     held = moe.num_experts // ep
     return round(tokens * ep * (1 - comb(moe.num_experts - held, moe.top_k) / comb(moe.num_experts, moe.top_k)))
+
+
+def even_step(run: RunConfig) -> tuple[int, int]:
+    """Rows that a rank sends, and receives, in a forward of a whole step, by `even_rows` of each exchange.
+
+    Args:
+        run: resolved; its model has experts.
+    """
+    train, moe = run.train, run.model.moe
+    assert moe is not None
+    tokens, parts = train.micro_batch_size * train.seq_len // run.mesh.cp, train.dispatch_parts
+    sizes = ((i + 1) * tokens // parts - i * tokens // parts for i in range(parts))
+    rows = train.micro_batches * sum(even_rows(moe, run.mesh.ep, size) for size in sizes)
+    return rows, rows

@@ -51,15 +51,16 @@ class Machine:
     product_flops: float  # in matrix products, a second
     attention_flops: float  # in fused attention, a second, the masked half not counted
     activation_bandwidth: float  # bytes of kept activations a second, written in forward
-    launch: float  # seconds for each layer or head, whatever its size; a backward costs two
+    launch: float  # seconds for each dense layer, whatever its size; a backward costs two
     accumulate: float  # seconds for each element of a gradient and micro-batch
-    update: float  # seconds for each element that the optimizer updates
+    update: float  # seconds for each float32 element that AdamW updates; others by `work.moved_by_update`
     overlap: float  # share of a message that passes beside computing, 0 to 1
     ranks_per_host: int
     backward: float = 1.0  # a backward's time over that of its work
     inside: Mapping[str, Link] = field(default_factory=dict)  # operation -> link between ranks of a host; "" any other
     across: Mapping[str, Link] = field(default_factory=dict)  # ... between hosts; empty: there is one host
     cores: int = 0  # ranks that can compute at once; 0: all. More take turns.
+    missed: float = 0.0  # of the passes that the rates were made from the worst explained one, relative error
 
     def seconds(self, operation: str, payload: float, ranks: int, across: bool, messages: float = 1) -> float:
         """The time of `messages` collectives that hand over `payload` bytes in all, on `ranks` ranks.
@@ -86,7 +87,7 @@ def wire_bytes(operation: str, payload: float, ranks: int) -> float:
     """What a ring carries over each rank's wire for a payload, by the formulas above."""
     factor = {
         "all_reduce": 2 * (ranks - 1) / ranks, "reduce_scatter": (ranks - 1) / ranks, "all_gather": ranks - 1.0,
-        "all_to_all": (ranks - 1) / ranks,
+        "all_to_all": (ranks - 1) / ranks, "counts": (ranks - 1) / ranks,
     }  # fmt: skip
     return payload * factor.get(operation, 1.0)
 
@@ -106,7 +107,7 @@ _H100 = Machine(
     source="one H100 80GB: summary/01_model_and_its_costs_gpu.log; NVLink: all-reduce of two GPUs of one host; "
     "overlap: assumed",
     memory=78 * GIB, product_flops=650e12, attention_flops=430e12, activation_bandwidth=2.3e12, launch=20e-6,
-    accumulate=4.6e-12, update=15e-12, overlap=0.9, ranks_per_host=8, inside=_NVLINK,
+    accumulate=4.6e-12, update=13e-12, overlap=0.9, ranks_per_host=8, inside=_NVLINK,
 )  # fmt: skip
 # Between hosts: one 400 Gb/s adapter a GPU (data sheet, 50 GB/s), of which 80 % is taken to be reached; the latency is
 # taken to be that of NVLink and 30 us more. Not measured here.

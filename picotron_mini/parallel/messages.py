@@ -2,6 +2,8 @@
 
     in each forward and backward    tp: all of it. cp: ulysses all, the ring what attention does not hide.
                                     zero 2: gradients that a backward does not hide. zero 3: those and weights
+                                    ep: rows to experts and back, and the numbers before them, less what the
+                                    experts' products hide where `dispatch_parts` cuts the tokens
     once, after the last backward   zero 0, 1: gradients that this backward does not hide, the last bucket at least
     once, after the update          zero 1, 2: the updated weights
     on the way between stages       pp: one message of hidden states each way (`simulate` puts them on its clock)
@@ -12,13 +14,14 @@ How many messages carry the bytes follows from the size of each: hidden states, 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..config import AXES, MeshShape, RunConfig
 from .activations import activations
 from .expert_traffic import ITEMSIZE, Traffic
 from .machine import Link, Machine, exposed, wire_bytes
-from .work import forward_work
+from .work import forward_work, kinds, mlp_flops
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,12 @@ def crosses_hosts(mesh: MeshShape, axis: str, machine: Machine, group: int = 0) 
     """Whether the ranks of an axis lie on several hosts, when hosts are filled rank by rank.
 
     Args:
-        axis: one of the mesh, or "dp_cp", or "world".
+        axis: one of the mesh, or "dp_cp", or "world", or one of the sparse view: ep neighbours of dp and cp, and edp.
         group: ranks of neighbours on the axis that are meant, not all of it.
     """
-    outer = {"dp_cp": "dp", "world": "pp"}.get(axis, axis)
+    if axis == "ep":
+        return mesh.ep * mesh.tp > machine.ranks_per_host
+    outer = {"dp_cp": "dp", "edp": "dp", "world": "pp"}.get(axis, axis)
     span = group or getattr(mesh, outer)
     for faster in AXES[AXES.index(outer) + 1 :]:
         span *= getattr(mesh, faster)
@@ -49,14 +54,16 @@ def crosses_hosts(mesh: MeshShape, axis: str, machine: Machine, group: int = 0) 
 
 
 def messages_of(
-    run: RunConfig, machine: Machine, traffic: Traffic, layers: int, forward: float, backward: float
-) -> Messages:
+    run: RunConfig, machine: Machine, traffic: Traffic, layers: Collection[int], forward: float, backward: float,
+    skew: float = 1.0,
+) -> Messages:  # fmt: skip
     """The waiting of a stage's rank.
 
     Args:
         run: resolved.
         traffic: of the rank, as `predict_step` says.
-        layers: of the stage.
+        layers: of the stage, their numbers.
+        skew: see `expert_costs.py`.
         forward, backward: seconds that it computes in a micro-batch.
     """
     train, mesh, m = run.train, run.mesh, run.train.micro_batches
@@ -80,7 +87,7 @@ def messages_of(
     # context parallelism
     cp_forward = cp_backward = 0.0
     if mesh.cp > 1 and train.context == "ring":
-        hops = layers * ((mesh.cp - 1) * (2 if again == 1 / 2 else 3) + mesh.cp)
+        hops = len(layers) * ((mesh.cp - 1) * (2 if again == 1 / 2 else 3) + mesh.cp)
         ring = time("cp", "send", max(1.0, traffic["cp", "send"] / (m * hops)), mesh.cp) / m
         wide = max(ITEMSIZE[train.dtype], 4) / ITEMSIZE[train.dtype]
         share = (mesh.cp - 1) / ((mesh.cp - 1) / again + mesh.cp * wide)
@@ -88,29 +95,44 @@ def messages_of(
         cp_forward = exposed(ring * share, attention, machine.overlap)
         cp_backward = exposed(ring * (1 - share), 2.5 * attention, machine.overlap)
     elif mesh.cp > 1:
-        trades = time("cp", "all_to_all", traffic["cp", "all_to_all"] / (m * layers * 8), mesh.cp) / m
+        trades = time("cp", "all_to_all", traffic["cp", "all_to_all"] / (m * len(layers) * 8), mesh.cp) / m
         cp_forward, cp_backward = trades * again, trades * (1 - again)
+    # expert parallelism: rows, what is beside them, and the way back, of each part; the first part hides behind nothing
+    ep_forward = ep_backward = 0.0
+    mixed = sum(number for number, experts in kinds(run.model, layers) if experts)
+    if mesh.ep > 1 and mixed:
+        passes, parts = 2 + (train.recompute != "none"), train.dispatch_parts
+        trips = time("ep", "all_to_all", traffic["ep", "all_to_all"] / (3 * passes * parts * mixed * m), mesh.ep) / m
+        numbers = time("ep", "counts", traffic["ep", "counts"] / ((passes - 1) * mixed * m), mesh.ep) / m / (passes - 1)
+        later = trips / passes * (parts - 1) / parts
+        cover = mixed * mlp_flops(run, True, skew) / machine.product_flops * machine.turns * (parts - 1) / parts
+        ep_forward = numbers + trips / passes / parts + exposed(later, cover, machine.overlap)
+        ep_backward = (passes - 2) * ep_forward + trips / passes / parts + exposed(later, 2 * cover, machine.overlap)
     # data parallelism
     data = "dp" if mesh.cp == 1 else "dp_cp"
     replicas, group = mesh.dp * mesh.cp, train.zero_group or mesh.dp
     size = train.bucket_mb * 2**20
     gradients = weights = in_forward = in_backward = 0.0
     if not train.zero:
-        whole = time(data, "all_reduce", size, replicas)
-        gradients = _tail(whole, traffic[data, "all_reduce"] / size, backward, machine)
+        whole = time(data, "all_reduce", size, replicas) + time("edp", "all_reduce", size, mesh.edp)
+        number = (traffic[data, "all_reduce"] + traffic["edp", "all_reduce"]) / size
+        gradients = _tail(whole, number, backward, machine)
     else:
         rounds = 1 if train.zero == 1 else m
-        size = size if train.zero < 3 else traffic["dp", "reduce_scatter"] / (m * (layers + 2))
+        size = size if train.zero < 3 else traffic["dp", "reduce_scatter"] / (m * (len(layers) + 2))
         each = traffic["dp", "reduce_scatter"] / rounds
         reduce = time("dp", "reduce_scatter", size, group, each, group)
+        reduce += time("edp", "reduce_scatter", size, mesh.edp, traffic["edp", "reduce_scatter"] / rounds)
         waited = _tail(reduce, each / size, backward, machine)
-        gathered = traffic["dp", "all_gather"]
+        gathered, spread = traffic["dp", "all_gather"], traffic["edp", "all_gather"]
         if train.zero == 3:
-            gather = time("dp", "all_gather", gathered / (2 * m * (layers + 2)), group, gathered / (2 * m), group)
-            in_forward = _tail(gather, layers + 2, forward, machine)
-            in_backward = waited + _tail(gather, layers + 2, backward, machine)
+            gather = time("dp", "all_gather", gathered / (2 * m * (len(layers) + 2)), group, gathered / (2 * m), group)
+            gather += time("edp", "all_gather", spread / (2 * m * max(1, mixed)), mesh.edp, spread / (2 * m))
+            in_forward = _tail(gather, len(layers) + 2, forward, machine)
+            in_backward = waited + _tail(gather, len(layers) + 2, backward, machine)
         else:
             weights = time("dp", "all_gather", size / group, group, gathered, group)
+            weights += time("edp", "all_gather", size / mesh.edp, mesh.edp, spread)
             gradients, in_backward = (waited, 0.0) if train.zero == 1 else (0.0, waited)
         if group < mesh.dp:
             gradients += time("dp", "all_reduce", size, mesh.dp // group)
@@ -119,10 +141,11 @@ def messages_of(
     send = machine.seconds("send", border, 2, crosses_hosts(mesh, "pp", machine)) if mesh.pp > 1 else 0.0
     scalars = machine.seconds("all_reduce", 24, mesh.world_size, crosses_hosts(mesh, "world", machine))
     scalars += machine.seconds("all_reduce", 8, replicas, crosses_hosts(mesh, data, machine))
-    by_axis = {"tp": tp, "cp": cp_forward + cp_backward, "dp": in_forward + in_backward}
+    by_axis = {"tp": tp, "cp": cp_forward + cp_backward, "ep": ep_forward + ep_backward, "dp": in_forward + in_backward}
     return Messages(
-        tp * again + cp_forward + in_forward, tp * (1 - again) + cp_backward + in_backward, send, gradients, weights,
-        scalars, {axis: seconds for axis, seconds in by_axis.items() if seconds},
+        tp * again + cp_forward + ep_forward + in_forward,
+        tp * (1 - again) + cp_backward + ep_backward + in_backward, send, gradients, weights, scalars,
+        {axis: seconds for axis, seconds in by_axis.items() if seconds},
     )  # fmt: skip
 
 

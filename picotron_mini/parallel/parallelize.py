@@ -37,6 +37,7 @@ from .context import context_parallel
 from .data import GradientBuckets
 from .deferred import Deferred
 from .expert import expert_parallel, expert_shard, is_expert, mixtures, of_one_shape
+from .hierarchical import Hierarchical
 from .routers import Routers
 from .rows import alike
 from .several import SeveralBuckets, SeveralSharded, by_axis
@@ -239,8 +240,9 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     size = train.bucket_mb * 2**20
     others = _experts(parameters, mesh)
     groups = by_axis(parameters.values(), lambda p: others.get(p, mesh["dp_cp"]))
+    hosts = Hierarchical(*mesh.halves("dp_cp", train.reduce_group)) if train.reduce_group else None
     reducers = [
-        (GradientBuckets(group, axis, size, compression(train.compress, axis, train.compress_keep)), group)
+        (GradientBuckets(group, axis, size, hosts or compression(train.compress, axis, train.compress_keep)), group)
         for axis, group in groups.items()
     ]
     buckets = SeveralBuckets(reducers) if others else reducers[0][0]

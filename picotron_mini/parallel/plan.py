@@ -1,6 +1,7 @@
 """Which layout should it be? All legal ones for so many ranks, predicted and ranked.
 
     ranks = pp * dp * cp * tp, every way to write it   x   zero, sequence parallel, schedule, micro-batch, recompute
+    and, of a mixture of experts, ep: every number of the dp * cp ranks that can share the experts
         -> legality.resolve: what may run        (one predicate for all: here nothing is decided anew)
         -> predict, quickly: seconds and bytes
         -> the best of those that fit: predict again, with the schedule on its clock
@@ -19,21 +20,21 @@ A prediction orders layouts; it does not replace a measurement. `bench` the two 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
-from rich.table import Table
-
-from ..config import ConfigError, MeshShape, RunConfig, divisors
+from ..config import ConfigError, MeshShape, ModelConfig, RunConfig, divisors
 from ..legality import resolve
-from .machine import GIB, Machine
+from .machine import Machine
 from .messages import crosses_hosts
 from .predict import Prediction, predict
 
 # What saves memory, from what costs least: (zero, recompute). zero counts where dp > 1 only.
 SAVINGS = ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "selective"), (1, "full"), (3, "full"))
 FINE = 40  # how many of the best are put on the clock
+NEAR = 64  # how far other numbers of ranks are looked at when none of the wanted one works
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,30 @@ def meshes(ranks: int) -> list[MeshShape]:
     ]
 
 
-def plan(run: RunConfig, ranks: int, machine: Machine) -> Plan:
+def spreads(mesh: MeshShape, model: ModelConfig) -> list[MeshShape]:
+    """The mesh with every `ep` over which its dp * cp ranks can spread the model's experts; itself if it has none."""
+    both = gcd(mesh.dp * mesh.cp, model.moe.num_experts) if model.moe else 1
+    return [replace(mesh, ep=ep) for ep in divisors(both)]
+
+
+def plan(run: RunConfig, ranks: int, machine: Machine, skew: Callable[[int], float] = lambda ep: 1.0) -> Plan:
     """Predict and rank the layouts of a run.
 
     Args:
         run: with the vocabulary's size filled. Its layout, zero, schedule, micro-batch, recompute and sequence
             parallelism are what is looked for. `batch_size` is kept; if it is open it is
             `micro_batch_size * micro_batches` sequences for every rank.
+        skew: load of the busiest of so many ep ranks over the even one (`expert_costs.py`).
 
     Raises:
-        ConfigError: no layout is legal, with the reasons why the plainest is not.
+        ConfigError: no layout is legal, with the reasons why the plainest is not, and numbers of ranks that work.
     """
-    run = _with_batch(run, ranks)
+    asked, run = run, _with_batch(run, ranks)
     considered = refused = 0
     fitting: list[Prediction] = []
     smallest: Prediction | None = None
-    for mesh in meshes(ranks):
-        if any(getattr(mesh, axis) > 1 and crosses_hosts(mesh, axis, machine) for axis in ("tp", "cp")):
-            continue
-        for family in _families(run, mesh):
+    for mesh in _worth(ranks, machine):
+        for family in (each for spread in spreads(mesh, run.model) for each in _families(run, spread)):
             fits = 0
             for candidate in family:
                 try:
@@ -86,7 +92,7 @@ def plan(run: RunConfig, ranks: int, machine: Machine) -> Plan:
                     continue
                 if mesh.pp > 1 and candidate.train.micro_batches < mesh.pp:
                     continue
-                found = predict(candidate, machine, clock=False)
+                found = predict(candidate, machine, clock=False, skew=skew(candidate.mesh.ep))
                 considered += 1
                 if smallest is None or found.memory_bytes < smallest.memory_bytes:
                     smallest = found
@@ -97,12 +103,49 @@ def plan(run: RunConfig, ranks: int, machine: Machine) -> Plan:
                     if candidate.train.zero or mesh.dp == 1 or fits > 1:
                         break
     if not considered:
-        resolve(replace(run, layout=f"dp={ranks}"), gpus=ranks)  # says why
-        raise ConfigError(f"no layout of {ranks} ranks is legal for this model and batch; try another --ranks")
+        raise ConfigError(_why_none(asked, ranks, machine))
     fitting.sort(key=lambda found: found.seconds)
-    ranked = [*(predict(found.run, machine) for found in fitting[:FINE]), *fitting[FINE:]]
+    ranked = [*(predict(found.run, machine, skew=found.skew) for found in fitting[:FINE]), *fitting[FINE:]]
     ranked.sort(key=lambda found: found.seconds)
     return Plan(machine, ranks, considered, refused, tuple(ranked), None if fitting else smallest)
+
+
+def _worth(ranks: int, machine: Machine) -> Iterator[MeshShape]:
+    """The meshes that are looked at: those whose tp and cp stay inside a host."""
+    for mesh in meshes(ranks):
+        if not any(getattr(mesh, axis) > 1 and crosses_hosts(mesh, axis, machine) for axis in ("tp", "cp")):
+            yield mesh
+
+
+def _any_legal(run: RunConfig, ranks: int, machine: Machine) -> bool:
+    """Whether `plan` would find something to predict."""
+    run = _with_batch(run, ranks)
+    for mesh in _worth(ranks, machine):
+        for plainest, *_ in _families(run, mesh):
+            if plainest.train.micro_batches >= mesh.pp:
+                try:
+                    resolve(plainest, gpus=ranks)
+                except ConfigError:
+                    continue
+                return True
+    return False
+
+
+def _why_none(run: RunConfig, ranks: int, machine: Machine) -> str:
+    """Why no layout of so many ranks can be, and how many ranks could."""
+    near = [
+        next((n for n in numbers if n > 0 and _any_legal(run, n, machine)), 0)
+        for numbers in (range(ranks - 1, max(0, ranks - NEAR), -1), range(ranks + 1, ranks + NEAR))
+    ]
+    works = " or ".join(str(n) for n in near if n)
+    out = f"no layout of {ranks} ranks works for this model and batch; " + (
+        f"--ranks {works} would" if works else "another --batch-size might"
+    )
+    try:
+        resolve(replace(_with_batch(run, ranks), layout=f"dp={ranks}"), gpus=ranks)
+    except ConfigError as error:
+        return f"{out}. With dp={ranks}: " + "; ".join(str(error).splitlines())
+    return out
 
 
 def _with_batch(run: RunConfig, ranks: int) -> RunConfig:
@@ -127,6 +170,8 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
                 for zero, kind in savings:
                     chosen: dict[str, Any] = {
                         "micro_batch_size": size, "micro_batches": a_rank // size, "schedule": schedule,
+                        "dispatch_parts": train.dispatch_parts if mesh.ep > 1 else 1,
+                        "place_every": train.place_every if mesh.ep > 1 else 0,
                         "virtual_stages": 2, "sequence_parallel": between, "zero": zero, "zero_group": 0,
                         "recompute": kind, "compress": "none" if zero else train.compress,
                     }  # fmt: skip
@@ -155,41 +200,32 @@ def by_axis(prediction: Prediction) -> dict[str, int]:
 
 
 def to_dict(found: Prediction) -> dict[str, Any]:
-    """One layout as plain data, for `--json`."""
+    """One layout as plain data, for `--json`. Which keys there are does not depend on the layout.
+
+    layout                what `--layout` takes; ep, its share for experts, beside it
+    batch_size ... loss_chunks    settings, named as their flags
+    skew                  that was assumed of the busiest of ep ranks
+    step_seconds, tokens_per_second, seconds    of a step; of all ranks together; the former by what it is spent on
+    memory_bytes, memory, fits    of the rank that needs most; by what it is for; whether the machine has it
+    bytes                 that a rank sends in a step, by axis
+    """
     train = found.run.train
+    sent = by_axis(found)
     return {
-        "layout": found.run.layout,
-        **{
-            name: getattr(train, name)
-            for name in (
-                "batch_size", "micro_batch_size", "micro_batches", "zero", "sequence_parallel", "schedule", "recompute",
-                "loss_chunks",
-            )
-        },
-        "step_seconds": found.seconds, "tokens_per_second": found.tokens_per_second, "seconds": found.parts,
-        "memory_bytes": found.memory_bytes, "memory": found.memory, "fits": found.fits, "bytes": by_axis(found),
+        "layout": found.run.layout, "ep": found.run.mesh.ep,
+        **{name: getattr(train, name) for name in SETTINGS},
+        "skew": found.skew,
+        "step_seconds": found.seconds, "tokens_per_second": found.tokens_per_second,
+        "seconds": {name: found.parts.get(name, 0.0) for name in SPENT},
+        "memory_bytes": found.memory_bytes, "memory": {name: found.memory.get(name, 0) for name in NEEDED},
+        "fits": found.fits, "bytes": {axis: sent.get(axis, 0) for axis in SENT},
     }  # fmt: skip
 
 
-def table(result: Plan, rows: int = 10) -> Table:
-    """The best layouts as a table for a terminal."""
-    shown: Sequence[Prediction] = result.ranked[:rows] or ([result.smallest] if result.smallest else [])
-    verdict = (
-        f"{len(result.ranked)} of {result.considered} legal layouts fit" if result.ranked else "NOTHING FITS; least"
-    )
-    out = Table(
-        title=f"{result.ranks} ranks of {result.machine.name} with {result.machine.memory / GIB:.3g} GiB: {verdict}",
-        title_justify="left", caption=f"rates: {result.machine.source}", caption_justify="left",
-    )  # fmt: skip
-    for column in ("layout", "settings"):
-        out.add_column(column)
-    kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
-    for column in ("step s", "tokens/s", "GiB", *(f"{kind}" for kind in kinds), "MiB sent a step"):
-        out.add_column(column, justify="right")
-    for found in shown:
-        sent = " ".join(f"{axis} {count / 2**20:,.0f}" for axis, count in by_axis(found).items() if count > 2**19)
-        out.add_row(
-            found.run.layout, settings(found.run), f"{found.seconds:.3g}", f"{found.tokens_per_second:,.0f}",
-            f"{found.memory_bytes / GIB:.3g}", *(f"{found.memory[kind] / GIB:.2g}" for kind in kinds), sent or "-",
-        )  # fmt: skip
-    return out
+SETTINGS = (
+    "batch_size", "micro_batch_size", "micro_batches", "zero", "sequence_parallel", "schedule", "recompute",
+    "loss_chunks",
+)  # fmt: skip
+SPENT = ("computing", "bubble", "tp", "cp", "ep", "dp", "gradients and weights", "update", "scalars")
+NEEDED = ("weights", "gradients", "optimizer", "activations", "routing", "buffers")
+SENT = ("dp", "dp_cp", "cp", "tp", "pp", "ep", "edp", "world")

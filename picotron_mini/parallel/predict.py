@@ -13,9 +13,11 @@ A step is, for the slowest stage,
 
     pipeline (bubble included)  +  data parallel messages that no backward hides  +  update  +  the world's scalars
 
+What a mixture of experts costs is what its busiest rank does (`expert_costs.py`): pass its skew, 1 is perfect balance.
+
 What hides what: gradients pass beside the last backward but for the last bucket (ZeRO 2 and 3: beside each), ZeRO 3's
-weights beside the unit before, the ring's keys beside attention. Exchanges of tensor parallelism, of Ulysses, and the
-updated weights of ZeRO 1 and 2 are waited for.
+weights beside the unit before, the ring's keys beside attention, of rows to experts what `dispatch_parts` hides. The
+rest of those, exchanges of tensor parallelism and of Ulysses, and the updated weights of ZeRO 1 and 2 are waited for.
 
 Left out, so that you know where it misses: ranks that are not equally fast, kernels that get slower beside a message,
 uneven documents, the first steps' compiling, a host that is slower than its GPU, and what `tensor_overlap` hides.
@@ -30,16 +32,17 @@ from itertools import accumulate
 from ..config import RunConfig, TrainConfig
 from ..layout import Layout
 from .actions import Action, Route, route_of
-from .activations import Peak, stage_peak
+from .activations import stage_peak
+from .expert_costs import busy_rows
 from .expert_traffic import Traffic
 from .footprint import Footprint, footprint
-from .machine import Machine
+from .machine import MACHINES, Machine
 from .messages import Messages, messages_of
 from .parallelize import layout_of, stage_layers
 from .schedules import find_schedule
 from .simulate import simulate
 from .traffic import predict_step
-from .work import backward_seconds, forward_work
+from .work import backward_seconds, forward_work, kinds, moved_by_update
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Prediction:
     memory: dict[str, int]  # bytes of the rank that needs most, by what they are for
     traffic: Traffic  # bytes by (axis, operation) of the rank that sends most
     fits: bool
+    skew: float = 1.0  # that was assumed
 
     @property
     def memory_bytes(self) -> int:
@@ -82,7 +86,7 @@ def _one_layout(run: RunConfig) -> Layout:
 class _Stage:
     """One pipeline stage, or several that are alike."""
 
-    chunks: tuple[tuple[int, bool], ...]  # layers of each, and whether the head is there
+    chunks: tuple[tuple[range, bool], ...]  # layers of each, and whether the head is there
     forward: tuple[float, ...]  # computing of a micro-batch, seconds, of each chunk
     backward: tuple[float, ...]
     messages: Messages
@@ -92,29 +96,18 @@ class _Stage:
     size: int  # elements of gradients that its backward makes
 
 
-def predict(run: RunConfig, machine: Machine, clock: bool = True) -> Prediction:
+def predict(run: RunConfig, machine: Machine, clock: bool = True, skew: float = 1.0) -> Prediction:
     """Predict one step.
 
     Args:
         run: resolved, with the vocabulary's size filled.
         clock: put the schedule on its clock; else the bubble is taken as (p - 1) / v micro-batches of the slowest
             stage, which is what it is for equal stages, and quicker to say for hundreds of layouts.
+        skew: load of the busiest of ep ranks over the even one (`expert_costs.py`): everyone waits for it.
     """
     train, mesh = run.train, run.mesh
-    layout = _layout(run)
     route = route_of(train.schedule, mesh.pp, train.chunks)
-    parts = stage_layers(run.model, route.length, train.seq_len)
-    known: dict[object, _Stage] = {}
-    stages = []
-    for number in range(mesh.pp):
-        chunks = tuple(
-            (len(parts[n]), n == route.length - 1) for n in (route.position(number, c) for c in range(route.chunks))
-        )
-        ends = number in (route.stage(0), route.stage(route.length - 1))
-        key = number if ends or train.freeze else chunks
-        if key not in known:
-            known[key] = _stage(run, machine, layout, number, chunks)
-        stages.append(known[key])
+    stages = _stages(run, machine, route, skew)
 
     forward, backward = [0.0] * route.length, [0.0] * route.length
     for number, stage in enumerate(stages):
@@ -143,13 +136,13 @@ def predict(run: RunConfig, machine: Machine, clock: bool = True) -> Prediction:
         ends_at = [max(busy) + (mesh.pp - 1) * idle * fill] * mesh.pp
     slowest = max(range(mesh.pp), key=lambda s: ends_at[s] + stages[s].messages.gradients)
     stage = stages[slowest]
-    update = max(s.elements for s in stages) * machine.update * machine.turns
+    update = max(s.elements for s in stages) * machine.update * moved_by_update(train) * machine.turns
     tail = stage.messages.gradients
     after = max(s.messages.weights for s in stages)
     computing = train.micro_batches * (sum(stage.forward) + sum(stage.backward))
     seconds = ends_at[slowest] + tail + update + after + stage.messages.scalars
 
-    memory = max((_memory(run, s, n, route) for n, s in enumerate(stages)), key=lambda kinds: sum(kinds.values()))
+    memory = max((_memory(run, s, n, route, skew) for n, s in enumerate(stages)), key=lambda each: sum(each.values()))
     split = {
         "computing": computing, "bubble": ends_at[slowest] - busy[slowest],
         **{axis: train.micro_batches * each for axis, each in stage.messages.by_axis.items()},
@@ -158,8 +151,37 @@ def predict(run: RunConfig, machine: Machine, clock: bool = True) -> Prediction:
     return Prediction(
         run, seconds, {name: value for name, value in split.items() if value > 0}, memory,
         max((s.traffic for s in stages), key=lambda traffic: sum(traffic.values())),
-        sum(memory.values()) <= machine.memory,
+        sum(memory.values()) <= machine.memory, skew,
     )  # fmt: skip
+
+
+def memory_of_stages(run: RunConfig, skew: float = 1.0) -> list[dict[str, int]]:
+    """Bytes of a rank of each pipeline stage at its worst moment, by what they are for.
+
+    Args:
+        run: resolved, with the vocabulary's size filled.
+        skew: as of `predict`.
+    """
+    route = route_of(run.train.schedule, run.mesh.pp, run.train.chunks)
+    stages = _stages(run, MACHINES["h100"], route, skew)  # whose rates say nothing about memory
+    return [_memory(run, stage, number, route, skew) for number, stage in enumerate(stages)]
+
+
+def _stages(run: RunConfig, machine: Machine, route: Route, skew: float) -> list[_Stage]:
+    """Every stage; those that are alike are worked out once."""
+    layout, train = _layout(run), run.train
+    parts = stage_layers(run.model, route.length, train.seq_len)
+    known: dict[object, _Stage] = {}
+    stages = []
+    for number in range(route.stages):
+        chunks = tuple((parts[n], n == route.length - 1) for n in _own(route, number))
+        ends = number in (route.stage(0), route.stage(route.length - 1))
+        alike = tuple((tuple(kinds(run.model, layers)), head) for layers, head in chunks)
+        key = number if ends or train.freeze else alike
+        if key not in known:
+            known[key] = _stage(run, machine, layout, number, chunks, skew)
+        stages.append(known[key])
+    return stages
 
 
 def _own(route: Route, stage: int) -> list[int]:
@@ -167,36 +189,42 @@ def _own(route: Route, stage: int) -> list[int]:
 
 
 def _stage(
-    run: RunConfig, machine: Machine, layout: Layout, number: int, chunks: tuple[tuple[int, bool], ...]
+    run: RunConfig,
+    machine: Machine,
+    layout: Layout,
+    number: int,
+    chunks: tuple[tuple[range, bool], ...],
+    skew: float,
 ) -> _Stage:
     """Computing, messages and memory of one pipeline stage, of its first rank."""
-    train, index = run.train, {"pp": number, "dp": 0, "cp": 0, "tp": 0}
+    train, index = run.train, {"pp": number, "dp": 0, "cp": 0, "tp": 0, "ep": 0, "edp": 0}
     mine = {name: place for name, place in layout.items() if place.holds(index)}
     trained = [place for name, place in mine.items() if not train.freezes(name)]
-    size = sum(place.without("dp").local_size(index) for place in trained)
+    size = sum(place.without("dp", "edp").local_size(index) for place in trained)
     adding = size * machine.accumulate * machine.turns / len(chunks)
-    forward = tuple(forward_work(run, *chunk).seconds(machine) for chunk in chunks)
-    backward = tuple(backward_seconds(run, *chunk, machine) + adding for chunk in chunks)
-    traffic = predict_step(run, layout, index)
-    layers = sum(n for n, _ in chunks)
+    forward = tuple(forward_work(run, *chunk, skew).seconds(machine) for chunk in chunks)
+    backward = tuple(backward_seconds(run, *chunk, machine, skew) + adding for chunk in chunks)
+    traffic = predict_step(run, layout, index, busy_rows(run, skew) if run.mesh.ep > 1 else None)
+    layers = [layer for held, _ in chunks for layer in held]
     return _Stage(
-        chunks, forward, backward,
-        messages_of(run, machine, traffic, layers, sum(forward), sum(backward)), traffic, footprint(run, layout, index),
-        sum(place.local_size(index) for place in trained), size,
+        chunks, forward, backward, messages_of(run, machine, traffic, layers, sum(forward), sum(backward), skew),
+        traffic, footprint(run, layout, index), sum(place.local_size(index) for place in trained), size,
     )  # fmt: skip
 
 
-def _memory(run: RunConfig, stage: _Stage, number: int, route: Route) -> dict[str, int]:
+def _memory(run: RunConfig, stage: _Stage, number: int, route: Route, skew: float) -> dict[str, int]:
     """Bytes of a stage's rank at its worst moment."""
     schedule = find_schedule(run.train.schedule, route.chunks)
     live = most_live(schedule(number, route.stages, run.train.micro_batches))
-    layers = -(-sum(n for n, _ in stage.chunks) // route.chunks)
+    layers = [layer for held, _ in stage.chunks for layer in held]
+    mixed = sum(layer in run.model.moe_layers for layer in layers)
+    a_chunk = -(-(len(layers) - mixed) // route.chunks), -(-mixed // route.chunks)
     last = any(head for _, head in stage.chunks)
-    peak: Peak = stage_peak(run, layers, live, last=last, size=stage.size, elements=stage.elements)
+    peak = stage_peak(run, a_chunk, live, last=last, size=stage.size, elements=stage.elements, skew=skew)
     kept = stage.kept
     return {
         "weights": kept.weights, "gradients": kept.gradients, "optimizer": kept.masters + kept.optimizer,
-        "activations": peak.activations, "buffers": peak.buffers,
+        "activations": peak.activations, **({"routing": peak.routing} if mixed else {}), "buffers": peak.buffers,
     }  # fmt: skip
 
 

@@ -9,6 +9,9 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
                                                                 the axis is dp_cp where cp > 1
             all_reduce    2 (elements + parameters)             compress=bf16: in place of g
             all_gather    g sum (2 k + 1)                       compress=topk: instead, k = ceil(keep elements)
+            reduce_scatter  g M, M = elements + parameters, of each bucket rounded up to a multiple of reduce_group
+            all_reduce      g M / reduce_group, over the groups (if there are several), in place of the first line's
+            all_gather      g M / reduce_group
     tp      all_reduce    m a (2 + 2) a layer                   exits of attention and MLP; their entries, backward
             all_reduce    m a on the first stage, m a on the last    embedding; entry of the head, backward
             all_reduce    3 m B T w on the last stage           loss over the split vocabulary
@@ -59,7 +62,8 @@ from collections.abc import Iterable, Mapping
 from ..config import RunConfig
 from ..layout import Layout, Placement
 from .actions import route_of
-from .expert_traffic import ITEMSIZE, Rows, Traffic, even_rows
+from .buckets import last_first
+from .expert_traffic import ITEMSIZE, Rows, Traffic, even_step
 
 # the first parameter of what is one tensor-parallel pair, and the last of its products
 ENTRIES = ("attention.q.weight", "mlp.gate.weight", "mlp.router.weight")
@@ -91,7 +95,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows:
     if train.zero:
         out += _sharded(run, mine, set(trained), index)
     else:
-        for axis, names in _by_axis(mine, set(trained)).items():
+        for axis, names in _by_axis(mine, trained).items():
             axis, size = ("edp", mesh.edp) if axis == "edp" else (data, mesh.dp * mesh.cp)
             elements = [trained[name] for name in names]
             if size == 1:
@@ -99,6 +103,10 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows:
             if train.compress == "topk":
                 kept = (min(n, math.ceil(train.compress_keep * n)) for n in elements)
                 out[axis, "all_gather"] += wide * sum(2 * k + 1 for k in kept)
+            elif train.reduce_group:
+                # in the order of forward: a tied head, which is named as the embedding, is the last of its stage
+                forward = sorted(names, key=lambda name: name == "embed.weight" and not first)
+                out += _in_groups(run, {name: trained[name] for name in forward}, axis)
             else:
                 width = 2 if train.compress == "bf16" else wide
                 out[axis, "all_reduce"] += width * (sum(elements) + len(elements))
@@ -125,8 +133,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows:
     if run.model.moe is not None:
         out += _routers(run, list(mine), set(trained), tokens, flows=not first)
     if run.model.moe is not None and mesh.ep > 1:
-        expected = even_rows(run.model.moe, mesh.ep, tokens * train.micro_batches)
-        rows = rows or dict.fromkeys(run.model.moe_layers, (expected, expected))
+        rows = rows or dict.fromkeys(run.model.moe_layers, even_step(run))
         out += _dispatch(run, list(mine), set(trained), rows, flows=not first)
     return +out  # without zeros
 
@@ -137,6 +144,19 @@ def _by_axis(mine: Mapping[str, Placement], names: Iterable[str]) -> dict[str, l
     for name in names:
         spread = any(shard.axis == "ep" for shard in mine[name].shards)
         out.setdefault("edp" if spread else "dp", []).append(name)
+    return out
+
+
+def _in_groups(run: RunConfig, sizes: Mapping[str, int], axis: str) -> Traffic:
+    """Gradients summed inside groups, across, and inside again; the sizes are in the order of forward."""
+    train, group, wide = run.train, run.train.reduce_group, max(ITEMSIZE[run.train.dtype], 4)
+    out: Traffic = Counter()
+    for names in last_first(sizes, wide, train.bucket_mb * 2**20):
+        part = -(-(sum(sizes[name] for name in names) + len(names)) // group)  # elements and flags, padded
+        out[axis, "reduce_scatter"] += wide * part * group
+        out[axis, "all_gather"] += wide * part
+        if group < run.mesh.dp * run.mesh.cp:
+            out[axis, "all_reduce"] += wide * part
     return out
 
 

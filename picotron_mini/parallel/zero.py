@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from ..collectives import Work, all_gather_several, all_reduce_async, reduce_scatter_several
 from ..mesh import Axis
-from .data import bucket
+from .buckets import bucket
 from .rows import Cut, cut
 
 # Bytes that may be under way: the layer before travels while this one computes. A compiled layer has all its gradients

@@ -106,7 +106,7 @@ def test_a_compiled_layer_is_one_graph_for_all_layers(settings):
             torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-9, atol=1e-12)
         assert compiled[2] == eager[2]
         layers = 2 if "recompute" in settings else 1  # without a gradient, and with
-        assert eager[3] == 0 and compiled[3] == layers + 1  # and the loss
+        assert eager[3] == 0 and compiled[3] == layers + 2  # and the last norm and the loss
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def several(gpus: int) -> list[tuple[str, int, int, dict[str, object]]]:
     return [
         *((dp, 4, 4, {"zero": zero}) for zero in (1, 2, 3)),
         *((dp, 4, 4, {"zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 8)),
+        *((dp, 4, 4, {"reduce_group": max(gpus // 2, 2)}) for _ in range(gpus % 2 == 0)),  # as if on two hosts
         *((tp, 4, 4, {**sequence, "tensor_overlap": parts}) for parts in (1, 2, 4)),
         (pp, 4, 8, {}),
         (pp, 4, 8, {"schedule": "interleaved"}),

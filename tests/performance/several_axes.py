@@ -81,7 +81,7 @@ def row(run: RunConfig, machine: Machine) -> dict[str, Any]:
     """One layout: what was predicted, and what ran."""
     said = predict(run, machine)
     cuda = run.train.device == "cuda"
-    first = coordinates(0, run.mesh)
+    first = coordinates(run.mesh, 0)
     result: dict[str, Any] = {"layout": run.layout, "settings": settings(run), "predicted_seconds": said.seconds}
     result["predicted_memory_bytes"] = said.memory_bytes
     if run.mesh.ep == 1:  # where tokens go is known only when the router has decided
