@@ -38,6 +38,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -139,11 +140,13 @@ class ExpertDispatch:
         slots = experts if self.slot is None else torch.where(experts < 0, -1, self.slot[experts])
         for log in _LOGS:
             log.append((self.layer, slots.tolist()))
-        cut = [range(i * len(x) // self.parts, (i + 1) * len(x) // self.parts) for i in range(self.parts)]
-        cuts = [slice(each.start, each.stop) for each in cut]
+        ends = [i * len(x) // self.parts for i in range(self.parts + 1)]
+        sizes = [end - start for start, end in pairwise(ends)]
+        # one part is not cut: its gradient would be copied
+        xs, ws = (t.split(sizes) if self.parts > 1 else [t] for t in (x, weights))
         passes = run.passes
-        plans = plan([slots[each] for each in cuts], self.axis, self.held, passes is not PLAIN, self.expected)
-        going = [self._start(x[each], weights[each], plan, passes) for each, plan in zip(cuts, plans, strict=True)]
+        plans = plan(slots.split(sizes), self.axis, self.held, passes is not PLAIN, self.expected)
+        going = [self._start(*each, passes) for each in zip(xs, ws, plans, strict=True)]
         beside = None if shared is None else shared(x)
         coming = []
         for each, (rows, meta, trips) in zip(plans, going, strict=True):
