@@ -151,7 +151,7 @@ def _all_reduce_max(x: Tensor, key: str) -> Tensor:
     lambda x, key, size: x.new_empty((size * x.shape[0], *x.shape[1:])),
 )
 def _all_gather(x: Tensor, key: str, size: int) -> Tensor:
-    x = x.contiguous()
+    x = x.detach().contiguous()  # gloo copies in a thread of its own, in which gradients are on
     out = x.new_empty((size * x.shape[0], *x.shape[1:]))
     ledger.record(key, "all_gather", x)
     _gather(out, x, group=GROUPS[key])
@@ -163,7 +163,7 @@ def _all_gather(x: Tensor, key: str, size: int) -> Tensor:
     lambda x, key, size: x.new_empty((x.shape[0] // size, *x.shape[1:])),
 )
 def _reduce_scatter(x: Tensor, key: str, size: int) -> Tensor:
-    x = x.contiguous()
+    x = x.detach().contiguous()  # gloo copies in a thread of its own, in which gradients are on
     out = x.new_empty((x.shape[0] // size, *x.shape[1:]))
     ledger.record(key, "reduce_scatter", x)
     _scatter(out, x, group=GROUPS[key])
@@ -172,7 +172,7 @@ def _reduce_scatter(x: Tensor, key: str, size: int) -> Tensor:
 
 @_operator("all_to_all(Tensor x, str key) -> Tensor", _same)
 def _all_to_all(x: Tensor, key: str) -> Tensor:
-    x = x.contiguous()
+    x = x.detach().contiguous()  # gloo copies in a thread of its own, in which gradients are on
     out = torch.empty_like(x)
     ledger.record(key, "all_to_all", x)
     dist.all_to_all_single(out, x, group=GROUPS[key])
