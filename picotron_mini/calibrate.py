@@ -95,11 +95,11 @@ def with_bucket(run: RunConfig, gpus: int) -> RunConfig:
     if ranks == 1:
         return replace(run, train=replace(run.train, bucket_mb=25.0))
     train = replace(probe.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", virtual_stages=2, compress="none",
-                    sequence_parallel=False, recompute="none", loss_chunks=1)  # fmt: skip
+                    sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0)  # fmt: skip
     alone = resolve(replace(probe, layout="1", train=train), gpus=gpus)
     machine = calibrated(alone, min(ranks, gpus or os.cpu_count() or 1))
     layout, index = layout_of(probe), coordinates(probe.mesh, 0)
-    plain = replace(probe, train=replace(probe.train, zero=0, zero_group=0, compress="none"))
+    plain = replace(probe, train=replace(probe.train, zero=0, zero_group=0, compress="none", reduce_group=0))
     size = footprint(plain, layout, index).gradients
     link = machine.inside.get("all_reduce") or machine.inside[""]
     return replace(run, train=replace(run.train, bucket_mb=best_bucket(size, link, ranks) / 2**20))

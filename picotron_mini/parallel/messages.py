@@ -113,7 +113,14 @@ def messages_of(
     replicas, group = mesh.dp * mesh.cp, train.zero_group or mesh.dp
     size = train.bucket_mb * 2**20
     gradients = weights = in_forward = in_backward = 0.0
-    if not train.zero:
+    if train.reduce_group:
+        near, far = train.reduce_group * mesh.tp > machine.ranks_per_host, crosses_hosts(mesh, data, machine)
+        operations = (("reduce_scatter", train.reduce_group, near), ("all_gather", train.reduce_group, near),
+                      ("all_reduce", replicas // train.reduce_group, far))  # fmt: skip
+        number = max(1.0, traffic[data, "reduce_scatter"] / size)
+        whole = sum(machine.seconds(op, traffic[data, op], n, across, number) for op, n, across in operations)
+        gradients = _tail(whole, number, backward, machine)
+    elif not train.zero:
         whole = time(data, "all_reduce", size, replicas) + time("edp", "all_reduce", size, mesh.edp)
         number = (traffic[data, "all_reduce"] + traffic["edp", "all_reduce"]) / size
         gradients = _tail(whole, number, backward, machine)

@@ -160,6 +160,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
     if train.batch_size % mesh.dp:
         return
     a_rank = train.batch_size // mesh.dp
+    divides = mesh.dp * mesh.cp % (train.reduce_group or 1) == 0
     sizes = [size for size in divisors(a_rank) if size & (size - 1) == 0 and size <= max(8, train.micro_batch_size)]
     schedules = ["1f1b", "interleaved", "zb-h1"] if mesh.pp > 1 else ["1f1b"]
     savings = SAVINGS if mesh.dp > 1 else ((0, "none"), (0, "selective"), (0, "full"))
@@ -174,6 +175,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
                         "place_every": train.place_every if mesh.ep > 1 else 0,
                         "virtual_stages": 2, "sequence_parallel": between, "zero": zero, "zero_group": 0,
                         "recompute": kind, "compress": "none" if zero else train.compress,
+                        "reduce_group": train.reduce_group if not zero and divides else 0,
                     }  # fmt: skip
                     family.append(replace(run, layout=str(mesh), train=replace(train, **chosen)))
                 yield family

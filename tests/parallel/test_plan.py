@@ -302,6 +302,22 @@ def test_slow_links_change_the_order() -> None:
     assert of(slow, "tp=2") > of(slow, "pp=2")  # four messages a layer against one a stage
 
 
+def test_sums_inside_hosts_first_spare_the_links_between_them() -> None:
+    """Over the slow links each rank then hands a part of the gradient; inside, links that take no time."""
+    hosts = replace(H100, ranks_per_host=2, inside={"": Link(0.0, 1e15)}, across={"": Link(0.0, 1e6)}, overlap=0.0)
+
+    def waited(**train: Any) -> float:
+        return predict(resolved("dp=8", micro_batch_size=1, **train), hosts).parts["gradients and weights"]
+
+    # a ring's wire: 2 (n-1)/n of what is handed over, and that is half of it over four hosts instead of eight ranks
+    expected = (2 * 3 / 4 / 2) / (2 * 7 / 8)
+    assert waited(reduce_group=2) / waited() == pytest.approx(expected, rel=0.01)
+    asked = RunConfig(model=MODEL, train=replace(TRAIN, reduce_group=2))
+    for found in plan(asked, 8, hosts).ranked:
+        whole = found.run.train.zero == 0 and found.run.mesh.dp * found.run.mesh.cp % 2 == 0
+        assert found.run.train.reduce_group == (2 if whole else 0)
+
+
 def test_no_layer_talks_across_hosts() -> None:
     result = plan(
         RunConfig(model=replace(MODEL, num_heads=8, num_kv_heads=8), train=TRAIN), 4, replace(H100, ranks_per_host=2)
