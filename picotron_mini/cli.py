@@ -314,6 +314,9 @@ def verify_command(args: list[str]) -> int:
     run = wanted.run
     model = replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size)
     train = replace(run.train, steps=min(run.train.steps, TRAIN.steps))  # a preset's hundreds would show nothing more
+    asked = any(arg.partition("=")[0] in ("--dtype", "--config") for arg in args)
+    if train.dtype == "float32" and not asked:  # a preset's, to train in; in float64 a fault is told from rounding
+        train = replace(train, dtype="float64")
     begin()
     report = verify(run.layout, model, train, gpus=torch.cuda.device_count())
     if wanted.json:

@@ -670,6 +670,29 @@ def test_verify_prints_a_table(capfd: pytest.CaptureFixture[str]) -> None:
         assert quantity in out
 
 
+def test_verify_of_a_preset_is_in_float64_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        "--num-layers",
+        "1",
+        "--seq-len",
+        "8",
+        "--batch-size",
+        "4",
+        "--vocab-size",
+        "33",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    errors = []
+    for more in ([], ["--dtype", "float32"]):
+        with pytest.raises(SystemExit) as end:
+            main(["verify", "dp=2", "--preset", "laptop", *small, *more])
+        assert end.value.code == 0
+        errors.append(json.loads(capsys.readouterr().out.splitlines()[-1])["max_rel_err"])
+    assert errors[0] < 1e-11 < errors[1]
+
+
 # --- under torchrun, and Ctrl-C ---------------------------------------------------------------------------
 
 
