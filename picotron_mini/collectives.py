@@ -315,7 +315,7 @@ def reduce_scatter_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: A
 def _several(axis: Axis, method: str, options: Any, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
     options.asyncOp = True
     start = getattr(axis.group, method)  # the sum is what its options ask for, unless they say otherwise
-    return _started(start([out.view(-1) for out in outs], [x.view(-1) for x in xs], options))
+    return _started(start([out.detach().view(-1) for out in outs], [x.detach().view(-1) for x in xs], options))
 
 
 def all_to_all_async(
