@@ -51,6 +51,7 @@ from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.gpt import GPT, IGNORE, init_weights
 from picotron_mini.parallel import data
+from picotron_mini.parallel.buckets import bucket
 from picotron_mini.parallel.data import GradientBuckets, all_reduce_gradients, broadcast_parameters
 from picotron_mini.parallel.footprint import footprint
 from picotron_mini.parallel.parallelize import layout_of
@@ -430,7 +431,7 @@ def simulated(bucket_bytes: float | None) -> tuple[list[float], list[tuple[float
     """Milliseconds: when gradients are ready, and (start, end) of each sum. None: the naive way."""
     sizes = [p.numel() for p in reversed(list(GPT(LARGER).parameters()))]  # backward comes from the end
     ready = [20 * sum(sizes[: i + 1]) / sum(sizes) for i in range(len(sizes))]
-    groups = data.bucket(sizes, 4, bucket_bytes) if bucket_bytes else [[i] for i in range(len(sizes))]
+    groups = bucket(sizes, 4, bucket_bytes) if bucket_bytes else [[i] for i in range(len(sizes))]
     sums, free = [], 0.0
     for group in groups:
         start = max(free, ready[group[-1]] if bucket_bytes else ready[-1])

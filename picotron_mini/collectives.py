@@ -437,8 +437,8 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis.key)
 
 
-# Both work along dim 0, and what puts another dim there stands outside: inside, an operation that has nothing to do
-# (`contiguous` of what is in order) made torch 2.11's compiler lose the gradient, without a word.
+# Both work along dim 0, and what puts another dim there stands outside. When it stood inside and had nothing to do,
+# code compiled by torch 2.11 lost the gradient of a gather, without a word.
 class _GatherFrom(Function):
     @staticmethod
     def forward(ctx, x, key, size):  # type: ignore[no-untyped-def]

@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 from ..collectives import Work, all_reduce_async, broadcast
 from ..mesh import Axis
-from .buckets import bucket as bucket  # also by this module's name
 from .buckets import last_first
 from .compress import Reduce
 from .rows import ALIGNED

@@ -171,10 +171,10 @@ def update(parallel: Parallel, optimizer: torch.optim.Optimizer, loss: Tensor, s
 
 
 def settle() -> None:
-    """Let Python's garbage collector pass over all that lives now; to be called once, after the first step.
+    """Let Python's garbage collector pass over all that lives now; to be called once, after the first steps.
 
     Model, process groups and compiled code stay to the end. The collector looks through them again and again while the
-    GPU waits for the next kernel: 7 % of a step whose layers are so small that Python is what takes the time.
+    GPU waits for the next kernel: 7 % of forward and backward, where layers are so small that Python takes the time.
     """
     gc.collect()
     gc.freeze()

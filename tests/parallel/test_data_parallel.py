@@ -17,7 +17,8 @@ from picotron_mini.collectives import ledger
 from picotron_mini.config import MeshShape
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.parallel import data
-from picotron_mini.parallel.data import GradientBuckets, all_reduce_gradients, broadcast_parameters, bucket
+from picotron_mini.parallel.buckets import bucket
+from picotron_mini.parallel.data import GradientBuckets, all_reduce_gradients, broadcast_parameters
 
 Ranks = Callable[..., list[Any]]
 WORLD = 3  # two ranks hide bugs
