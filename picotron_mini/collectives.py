@@ -273,7 +273,7 @@ def all_gather_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
         out.copy_(x.view_as(out))
         return Done()
     ledger.record(axis.key, "all_gather", x)
-    return _started(_gather(out.view(-1), x.view(-1), group=axis.group, async_op=True))
+    return _started(_gather(out.detach().view(-1), x.detach().view(-1), group=axis.group, async_op=True))
 
 
 def reduce_scatter_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
@@ -287,35 +287,54 @@ def reduce_scatter_async(out: Tensor, x: Tensor, axis: Axis) -> Work:
         out.copy_(x.view_as(out))
         return Done()
     ledger.record(axis.key, "reduce_scatter", x)
-    return _started(_scatter(out.view(-1), x.view(-1), group=axis.group, async_op=True))
+    return _started(_scatter(out.detach().view(-1), x.detach().view(-1), group=axis.group, async_op=True))
 
 
 def all_gather_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Work:
-    """Start `all_gather_async` of several pairs of tensors as one: on NCCL they are one kernel, and share its latency.
+    """Start `all_gather_async` of several pairs of tensors as one, which pays the latency of one.
+
+    NCCL has this built in. Gloo gets one tensor that holds them all: its own coalesced all_gather corrupts the heap,
+    once in some thousand calls (seen with torch 2.13).
 
     Args:
         outs, xs: each pair as there; of one dtype, and not none.
     """
-    if axis.size == 1 or _rehearsing:  # torch has no such operator for tensors without memory
-        return [all_gather_async(out, x, axis) for out, x in zip(outs, xs, strict=True)][-1]
-    for x in xs:
-        ledger.record(axis.key, "all_gather", x)
-    return _several(axis, "allgather_into_tensor_coalesced", AllgatherOptions(), outs, xs)
+    if axis.size > 1 and xs[0].is_cuda:
+        for x in xs:
+            ledger.record(axis.key, "all_gather", x)
+        return _coalesced(axis, "allgather_into_tensor_coalesced", AllgatherOptions(), outs, xs)
+    x = torch.cat([x.detach().view(-1) for x in xs])
+    whole = x.new_empty(axis.size, len(x))
+    return _Spread(all_gather_async(whole, x, axis), whole, [out.detach().view(axis.size, -1) for out in outs])
 
 
 def reduce_scatter_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Work:
     """Start `reduce_scatter_async` of several pairs of tensors as one, as `all_gather_several` does."""
-    if axis.size == 1 or _rehearsing:
-        return [reduce_scatter_async(out, x, axis) for out, x in zip(outs, xs, strict=True)][-1]
-    for x in xs:
-        ledger.record(axis.key, "reduce_scatter", x)
-    return _several(axis, "reduce_scatter_tensor_coalesced", ReduceScatterOptions(), outs, xs)
+    if axis.size > 1 and xs[0].is_cuda:
+        for x in xs:
+            ledger.record(axis.key, "reduce_scatter", x)
+        return _coalesced(axis, "reduce_scatter_tensor_coalesced", ReduceScatterOptions(), outs, xs)
+    x = torch.cat([x.detach().view(axis.size, -1) for x in xs], dim=1)
+    part = x.new_empty(1, x.shape[1])
+    return _Spread(reduce_scatter_async(part, x, axis), part, [out.detach().view(1, -1) for out in outs])
 
 
-def _several(axis: Axis, method: str, options: Any, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
+def _coalesced(axis: Axis, method: str, options: Any, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
     options.asyncOp = True
     start = getattr(axis.group, method)  # the sum is what its options ask for, unless they say otherwise
     return _started(start([out.detach().view(-1) for out in outs], [x.detach().view(-1) for x in xs], options))
+
+
+class _Spread:
+    """A collective into one tensor, whose columns belong into several."""
+
+    def __init__(self, work: Work, whole: Tensor, outs: Sequence[Tensor]) -> None:
+        self.work, self.whole, self.outs = work, whole, outs
+
+    def wait(self) -> None:
+        self.work.wait()
+        for out, columns in zip(self.outs, self.whole.split([out.shape[1] for out in self.outs], dim=1), strict=True):
+            out.copy_(columns)
 
 
 def all_to_all_async(

@@ -191,7 +191,7 @@ def _collect(
     try:
         while running:
             try:
-                _wait_for_one(running, values, failures)
+                _wait_for_one(running, folder, values, failures)
             except KeyboardInterrupt:
                 if interrupted:  # a second Ctrl-C: no more waiting
                     raise
@@ -213,7 +213,9 @@ def _collect(
     return values, failures
 
 
-def _wait_for_one(running: dict[int, tuple[Any, Any]], values: dict[int, Any], failures: list[_Failure]) -> None:
+def _wait_for_one(
+    running: dict[int, tuple[Any, Any]], folder: Path, values: dict[int, Any], failures: list[_Failure]
+) -> None:
     ready = connection.wait([c for _, c in running.values()], timeout=0.1)
     for rank in [r for r, (_, c) in running.items() if c in ready]:
         process, conn = running.pop(rank)
@@ -221,7 +223,7 @@ def _wait_for_one(running: dict[int, tuple[Any, Any]], values: dict[int, Any], f
             kind, value = cloudpickle.loads(conn.recv_bytes())
         except EOFError:  # the pipe closed without a word
             process.join()
-            text = f"it ended without a result, {_exit_text(process.exitcode)}"
+            text = f"it ended without a result, {_exit_text(process.exitcode)}{_last_words(folder / f'{rank}.err')}"
             failures.append(_Failure(rank, time.monotonic(), text, died=True))
             continue
         if kind == "value":
@@ -234,6 +236,12 @@ def _exit_text(code: int | None) -> str:
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"exit status {code}"
+
+
+def _last_words(errors: Path, lines: int = 40) -> str:
+    """The end of what a rank wrote to stderr: an abort in C++ tells its reason nowhere else."""
+    words = errors.read_text(errors="replace").rstrip().splitlines() if errors.exists() else []
+    return ". The end of its stderr:\n" + "\n".join(words[-lines:]) if words else ""
 
 
 def _hung(running: dict[int, tuple[Any, Any]], folder: Path, timeout: float) -> list[_Failure]:
@@ -278,6 +286,7 @@ def _rank_main(
             os.dup2(live[number - 1].detach() if live else file.fileno(), number)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (lives as long as the rank)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    faulthandler.enable(sys.stderr)  # a crash in C++ shows where Python was
     stack = open(f"{folder}/{rank}.stack", "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
     torch.set_num_threads(1)

@@ -172,6 +172,9 @@ def one_fails(which: int, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exits":
             os._exit(7)
+        if how == "abort":
+            os.write(2, b"malloc(): corrupted top size\n")  # as the C library does, behind Python's back
+            os.abort()
         if how == "sys.exit":
             sys.exit("enough")
     dist.all_reduce(torch.ones(1))
@@ -188,6 +191,7 @@ def divide_by(number: int) -> float:
         ("raises", ["ZeroDivisionError: division by zero", "in divide_by"]),
         ("SIGKILL", ["it ended without a result, killed by SIGKILL"]),
         ("exits", ["it ended without a result, exit status 7"]),
+        ("abort", ["killed by SIGABRT. The end of its stderr:\nmalloc(): corrupted top size", "in one_fails"]),
         ("sys.exit", ["SystemExit: enough"]),
     ],
 )

@@ -17,7 +17,7 @@ table behind the other, and of each of them a rank owns one row:
 Padding comes last, so the beginning of a table is the parameter itself, in its own shape and in one piece: a gradient
 is added up there, a weight is used there, and nothing is copied before or behind a collective. Its price is that a
 buffer is as many messages as it has tables. A reduce_scatter of each would pay the latency of a message for every norm;
-`collectives.reduce_scatter_several` hands them over as one.
+`collectives.reduce_scatter_several` makes them one message.
 
 What comes first begins at a multiple of 128 bytes, so that kernels can read 16 bytes at once: a parameter whose size
 would shift those behind it is put last.

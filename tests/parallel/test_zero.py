@@ -727,23 +727,18 @@ def test_halves_of_an_axis(ranks: Ranks) -> None:
 def asynchronous(break_it: str = "") -> tuple[dict[Any, int], dict[str, int]]:
     """In a rank: the collectives against what one process computes, and who counted what."""
     axis = axis_of_world()
-    group = torch.distributed.ProcessGroup
     if break_it == "gather":
         real = collectives._gather
         collectives._gather = lambda out, x, **options: real(out, x.flip(0), **options)
     if break_it == "scatter":
         real = collectives._scatter
         collectives._scatter = lambda out, x, **options: real(out, x.roll(len(out)), **options)
-    if break_it == "gather_several":
-        many = group.allgather_into_tensor_coalesced
-        group.allgather_into_tensor_coalesced = lambda self, outs, xs, options: many(
-            self, outs, [x.flip(0) for x in xs], options
-        )
-    if break_it == "scatter_several":
-        several = group.reduce_scatter_tensor_coalesced
-        group.reduce_scatter_tensor_coalesced = lambda self, outs, xs, options: several(
-            self, outs, [x.roll(len(x) // axis.size) for x in xs], options
-        )
+    if break_it.endswith("_several"):
+        spread = collectives._Spread.wait
+        left_out = axis.size if break_it == "gather_several" else 1  # the rows of what is not filled
+        collectives._Spread.wait = lambda self: None if len(self.whole) == left_out else spread(self)
+    for coalesced in ("allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"):
+        setattr(torch.distributed.ProcessGroup, coalesced, None)  # gloo's corrupts the heap
     every = [torch.arange(4.0 * axis.size).view(axis.size, 4) + 100 * rank for rank in range(axis.size)]
     flat = [torch.arange(2.0 * axis.size) - rank for rank in range(axis.size)]
     whole, part = torch.empty(axis.size, 3), torch.empty(4)
