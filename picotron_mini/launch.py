@@ -37,9 +37,11 @@ from typing import Any, Literal
 import cloudpickle
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its functions' defaults would keep the first process group alive
 from torch._C._distributed_c10d import FileStore, Store
 
 from .config import UserError
+from .mesh import GROUPS
 
 GRACE = 60.0  # seconds that ranks get to finish after an interrupt, before they are killed
 _PEER_GONE = re.compile(
@@ -343,6 +345,7 @@ def _process_group(rank: int, size: int, local_rank: int, device: str, store: St
     yield
     if size > 1:  # a rank that leaves early would reset its peers' connections
         dist.barrier(device_ids=[local_rank] if device == "cuda" else None)
+    GROUPS.clear()  # what still knew a group kept its threads, and one that frees a tensor while Python ends aborts
     dist.destroy_process_group()
 
 

@@ -467,13 +467,16 @@ def test_ranks_leave_with_a_killed_parent(tmp_path: Path) -> None:
 # --- under torchrun ---------------------------------------------------------------------------------------
 
 JOINED = """
-import torch, torch.distributed as dist
-from picotron_mini.config import UserError
+import os, sys, torch, torch.distributed as dist
+from picotron_mini.config import MeshShape, UserError
 from picotron_mini.launch import launch
+from picotron_mini.mesh import Mesh
 
 def work():
+    import torch._dynamo  # as the first optimizer does
+    mesh = Mesh.build(MeshShape(tp=2))
     x = torch.tensor([dist.get_rank() + 1.0])
-    dist.all_reduce(x)
+    dist.all_reduce(x, group=mesh["tp"].group)
     return dist.get_rank(), x.item()
 
 try:
@@ -481,6 +484,10 @@ try:
 except UserError as error:
     print("refused", error, flush=True)
 assert not dist.is_initialized()
+# a thread of gloo that frees a tensor while Python ends aborts the process
+tasks = os.listdir("/proc/self/task") if sys.platform == "linux" else []
+left = [name for name in (open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks) if "gloo" in name]
+assert not left, left
 """
 
 
