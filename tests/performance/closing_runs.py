@@ -1,4 +1,4 @@
-"""How each chapter ends, on the GPUs of one host: `python tests/performance/closing_runs.py [--chapters 03 05] [--tiny]`.
+"""How each chapter ends, on the GPUs of one host: `python tests/performance/closing_runs.py [--chapters 03] [--tiny]`.
 
 For each chapter one training run on real text, under `torchrun` on all the GPUs there are (an even number), with the
 chapter's technique. What a run prints goes to stdout and, with the command, to `<out>/<chapter>.log`, which the
