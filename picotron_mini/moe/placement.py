@@ -71,21 +71,7 @@ def by_load(load: Sequence[float], ranks: int, now: Order | None = None) -> Orde
     """
     now = now or by_number(len(load))
     held, number = len(now) // ranks, copies(load, ranks, len(now))
-    share = [each / n for each, n in zip(load, number, strict=True)]  # of one copy
-    sets: list[list[int]] = [[] for _ in range(ranks)]
-
-    def least(of: list[int]) -> list[int]:
-        return sets[min(of, key=lambda i: (sum(share[e] for e in sets[i]), i))]
-
-    for expert in sorted((e for e, n in enumerate(number) for _ in range(n)), key=lambda e: (-share[e], e)):
-        others = [i for i in range(ranks) if expert not in sets[i]]
-        if room := [i for i in others if len(sets[i]) < held]:
-            least(room).append(expert)
-        else:  # who has room has it already: another takes it, and gives one of its own away
-            giver, taker = least(others), least([i for i in range(ranks) if len(sets[i]) < held])
-            given = min((e for e in giver if e not in taker), key=lambda e: (share[e], e))
-            giver[giver.index(given)] = expert
-            taker.append(given)
+    sets = pack([each / n for each, n in zip(load, number, strict=True)], number, ranks)
     order: list[int] = [-1] * len(now)
     homes = {rank: {*now[rank * held : (rank + 1) * held]} for rank in range(ranks)}
     while homes:  # the pair of set and rank that has most in common first
@@ -95,6 +81,31 @@ def by_load(load: Sequence[float], ranks: int, now: Order | None = None) -> Orde
         sets.remove(chosen)
         del homes[rank]
     return tuple(order) if imbalance(load, tuple(order), ranks) < imbalance(load, now, ranks) else now
+
+
+def pack(share: Sequence[float], number: Sequence[int], ranks: int) -> list[list[int]]:
+    """Give each rank as many copies of experts as any other, longest first, and never two of one expert.
+
+    Args:
+        share: of each expert, the load of one copy.
+        number: of each expert, how many copies; their sum divides by `ranks`, and none is above it.
+    """
+    held = sum(number) // ranks
+    sets: list[list[int]] = [[] for _ in range(ranks)]
+
+    def idlest(of: list[list[int]]) -> list[int]:
+        return min(of, key=lambda each: sum(share[e] for e in each))
+
+    for expert in sorted((e for e, n in enumerate(number) for _ in range(n)), key=lambda e: (-share[e], e)):
+        room, without = [each for each in sets if len(each) < held], [each for each in sets if expert not in each]
+        if both := [each for each in room if expert not in each]:
+            idlest(both).append(expert)
+        else:  # who has room has it already: another takes it, and hands one of its own on
+            giver, taker = idlest(without), idlest(room)
+            given = min((e for e in giver if e not in taker), key=lambda e: share[e])
+            giver[giver.index(given)] = expert
+            taker.append(given)
+    return sets
 
 
 def _settle(experts: list[int], start: int, now: Order, order: list[int]) -> None:

@@ -117,9 +117,8 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
         routing += rows.tokens * rows.columns * (wide + 24)
     else:
         routing += 16 * mesh.ep * rows.tokens + rows.received * rows.columns * (2 * wide + 24)
-    one = (
-        (moe.num_experts // mesh.ep + train.expert_replicas) * width * inner * w
-    )  # the gradient of one projection of all experts here
+    held = moe.num_experts // mesh.ep + train.expert_replicas
+    one = held * width * inner * w  # the gradient of one projection of all experts here
     made = rows.routed * width * (w + wide + (wide if w < 4 else 0))  # of outputs
     if grouped(run):  # all experts' SwiGLU at once
         made = max(made, 3 * rows.routed * inner * w)
