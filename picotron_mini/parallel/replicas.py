@@ -20,7 +20,8 @@ Cost a step in payload: of each copy on a rank, in each of the three projections
 is not hidden behind backward. For c copies all in all c (c - 1) rows: few copies of many experts are cheaper than many
 of few.
 
-Paper: copies of experts in training, FasterMoE (PPoPP 2022, doi 10.1145/3503221.3508418).
+Papers: copies by load in training, FlexMoE (arXiv 2304.03946); with optimizer state that stays where it is, arXiv
+2504.19925.
 Legend: c copies of an expert, D width, I inner width of an expert.
 """
 
