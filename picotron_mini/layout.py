@@ -45,15 +45,21 @@ class Placement:
     stages: tuple[int, ...]  # pipeline stages that hold it: more than one for a tied embedding
     shards: tuple[Shard, ...] = ()
     sum_axes: tuple[str, ...] = ("dp",)  # axes over which the ranks' gradients add up; with cp ranks ("dp", "cp")
-    order: tuple[int, ...] = ()  # dim 0 is kept in this order, order[i] of the global tensor at i; (): as it is
+    # dim 0 is kept in this order, order[i] of the global tensor at i; (): as it is. What comes again is a copy
+    order: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The shape of all that is kept, which `shards` cut: the global one, with as many rows as `order` has."""
+        return (len(self.order), *self.shape[1:]) if self.order else self.shape
 
     def holds(self, index: Mapping[str, int]) -> bool:
         """Whether the rank with these coordinates has a part of it."""
         return index["pp"] in self.stages
 
     def slices(self, index: Mapping[str, int]) -> tuple[slice, ...]:
-        """Which part of the global tensor the rank with these coordinates holds."""
-        out = [slice(0, n) for n in self.shape]
+        """Which part of the global tensor, in the order in which it is kept, the rank with these coordinates holds."""
+        out = [slice(0, n) for n in self.kept]
         for shard in self.shards:
             outer, (start, stop) = out[shard.dim], shard.ranges[index[shard.axis]]
             out[shard.dim] = slice(min(outer.start + start, outer.stop), min(outer.start + stop, outer.stop))
@@ -76,6 +82,13 @@ class Placement:
     def part(self, whole: Any, index: Mapping[str, int]) -> Any:
         """What the rank with these coordinates holds of the global tensor."""
         return (whole[list(self.order)] if self.order else whole)[self.slices(index)]
+
+    def once(self, part: Any, index: Mapping[str, int]) -> Any:
+        """Of this rank's part the rows that a sum over all ranks should count: of copies the first in `order`."""
+        if len({*self.order}) == len(self.order):
+            return part
+        rows = self.slices(index)[0]
+        return part[[n - rows.start for n in range(rows.start, rows.stop) if self.order.index(self.order[n]) == n]]
 
     def padded_size(self, axis: str, index: Mapping[str, int]) -> int:
         """Elements that each rank of `axis` has in a buffer of equal parts: as many as the first, which has most."""
@@ -118,7 +131,7 @@ def to_json(layout: Layout, mesh: MeshShape) -> dict[str, Any]:
         "parameters": [
             {
                 "name": name,
-                "shape": list(p.shape),
+                "shape": list(p.kept),
                 "stages": list(p.stages),
                 "shards": [{"axis": s.axis, "dim": s.dim, "ranges": [list(r) for r in s.ranges]} for s in p.shards],
                 "sum_axes": list(p.sum_axes),

@@ -45,7 +45,7 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
     if mesh.ep == 1:
         return [
             f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={off}, or ep=2"
-            for name, off in (("dispatch_parts", 1), ("place_every", 0))
+            for name, off in (("dispatch_parts", 1), ("place_every", 0), ("expert_replicas", 0))
             if getattr(train, name) != off
         ]
     if model.moe is None:
@@ -62,6 +62,11 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
         found.append(
             f"ep={mesh.ep} does not divide num_experts={number}; ep could be {nearest(mesh.ep, fits)}, or "
             f"num_experts={nearest(number, [number - number % mesh.ep or mesh.ep, number + -number % mesh.ep])}"
+        )
+    elif train.expert_replicas > (most := number - number // mesh.ep):
+        found.append(
+            f"expert_replicas={train.expert_replicas} gives a rank more than the {number} experts, and none is there "
+            f"twice; use expert_replicas<={most}"
         )
     if train.zero_group:
         found.append(
@@ -158,7 +163,7 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     for name, least in (
         ("tensor_overlap", 1),
         ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
-        ("dispatch_parts", 1), ("place_every", 0),
+        ("dispatch_parts", 1), ("place_every", 0), ("expert_replicas", 0),
     ):  # fmt: skip
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")

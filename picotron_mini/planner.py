@@ -151,7 +151,10 @@ def skew_wanted(run: RunConfig, text: str) -> Callable[[int], float]:
         if not lines or len(loads := lines[-1]["moe_load"][0]) != moe.num_experts:
             has = f"{len(loads)} experts, and the model {moe.num_experts}" if lines else "no load of experts"
             raise ConfigError(f"skew={text}: that run has {has}; give a number of 1 or above") from None
-        return partial(skew_of_loads, lines[-1]["moe_load"])
+        train = run.train
+        return partial(
+            skew_of_loads, lines[-1]["moe_load"], replicas=train.expert_replicas, placed=train.place_every > 0
+        )
     if not 1 <= number <= moe.num_experts:
         raise ConfigError(
             f"skew={text} must be between 1 (all ranks are equally busy) and num_experts={moe.num_experts}, or the "

@@ -211,7 +211,8 @@ def _rows(run: RunConfig, decided: Decided) -> Rows:
     logs: list[Decided] = [[]] * run.mesh.world_size
     dist.all_gather_object(logs, decided)
     assert run.model.moe is not None
-    return rows_of_step(logs, run.mesh, run.model.moe, run.train.micro_batches)[dist.get_rank()]
+    found = rows_of_step(logs, run.mesh, run.model.moe, run.train.micro_batches, run.train.expert_replicas)
+    return found[dist.get_rank()]
 
 
 def _whole_weights(parallel: Parallel) -> dict[str, torch.Tensor]:

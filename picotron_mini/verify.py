@@ -17,6 +17,7 @@ device shows the error that is unavoidable, and a layout may have twice that (fl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -202,7 +203,11 @@ def _report(runs: Sequence[RunConfig], per_rank: Sequence[list[Any]]) -> Report:
         luck = 0.0 if quantity in ("gradients", "weights") else torch.finfo(getattr(torch, run.train.dtype)).eps
         return max(2 * noise.worst[quantity][0], luck)
 
-    predicted = [_predicted(each, whole, [results[n][2] for results in per_rank]) for n, each in enumerate(runs)]
+    predicted = []
+    for n, each in enumerate(runs):  # of the last step, with experts where they were then
+        kept = [results[n][3][-1] for results in per_rank]
+        last = [{name: replace(place, order=orders[name]) for name, place in whole.items()} for orders in kept]
+        predicted.append(_predicted(each, last, [results[n][2] for results in per_rank]))
     report = Report(
         layout=str(run.mesh),
         differences=[Difference(q, e, where, tolerance(q)) for q, (e, where) in errors.worst.items()],
@@ -214,15 +219,18 @@ def _report(runs: Sequence[RunConfig], per_rank: Sequence[list[Any]]) -> Report:
     for rank, results in enumerate(per_rank):
         for number, (_, counted, *_) in enumerate(results):
             mine = predicted[number][rank]
-            if dict(mine) != counted:
+            if mine != Counter(counted):  # which takes what is not there for 0
                 report.bytes_problems.append(f"rank {rank}: predicted {named(mine)}, counted {named(counted)}")
                 break
     return report
 
 
-def _predicted(run: RunConfig, layout: Layout, decided: Sequence[Decided]) -> list[Traffic]:
-    """The bytes of each rank in a step in which its routers decided so."""
+def _predicted(run: RunConfig, layouts: Sequence[Layout], decided: Sequence[Decided]) -> list[Traffic]:
+    """The bytes of each rank in a step in which its routers decided so, from what each knows of the layout."""
     rows: Sequence[Rows | None] = [None] * len(decided)
     if run.model.moe is not None and run.mesh.ep > 1:
-        rows = rows_of_step(decided, run.mesh, run.model.moe, run.train.micro_batches)
-    return [predict_step(run, layout, coordinates(run.mesh, rank), each) for rank, each in enumerate(rows)]
+        rows = rows_of_step(decided, run.mesh, run.model.moe, run.train.micro_batches, run.train.expert_replicas)
+    return [
+        predict_step(run, layout, coordinates(run.mesh, rank), each)
+        for rank, (layout, each) in enumerate(zip(layouts, rows, strict=True))
+    ]

@@ -20,6 +20,10 @@ ep (1 - C(E - E/ep, K) / C(E, K)) ranks; with E=8, K=2, ep=2 that is 1.57 rows a
 Every step is differentiable, and the exchanges have their gradients (`exchange.py`), so the backward is autograd's: the
 gradients of outputs go where the rows went, those of rows and weights come back.
 
+If an expert has copies (`placement.py`), the token at place n of rank r goes to copy (n + r) mod c: every copy gets as
+many, without a word between ranks, and a layer that is computed again sends its tokens where they went before. Which
+copy it is changes no result.
+
 `parts` cuts the tokens: while the experts compute one part, the next one's rows travel. As in `exchange.py`, backward
 it is the same in reverse.
 
@@ -35,6 +39,7 @@ Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows rec
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +53,7 @@ from ..mesh import Axis
 from ..model.moe import Experts, local_dispatch
 from ..model.permute import PLAIN, Passes, compiled, gather, take
 from .exchange import UnevenExchange
+from .placement import Order
 
 
 @dataclass
@@ -126,18 +132,42 @@ class ExpertDispatch:
         parts: in how many the tokens are cut, to compute one while the next travels.
 
     Attributes:
-        slot: [E] int64, the slot of each expert, held * rank + place on that rank. None: expert e is in slot e.
+        held: slots on each rank.
+        slot: [E, C] int64, the slots of each expert's copies, held * rank + place on that rank. None: expert e is in
+            slot e.
+        copies: [E] int64, how many there are; C is the largest number.
         expected: see `plan`; None outside of a dry run.
     """
 
     def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0) -> None:
         self.axis, self.held, self.parts, self.layer = axis, num_experts // axis.size, parts, layer
         self.slot: Tensor | None = None
+        self.copies: Tensor | None = None
         self.expected: Callable[[int], int] | None = None
+
+    def place(self, order: Order, device: torch.device | None = None) -> None:
+        """Send tokens to where experts are from now on.
+
+        Args:
+            order: the expert in each slot; those that come again are copies.
+            device: of the tokens.
+        """
+        self.held, number = len(order) // self.axis.size, Counter(order)
+        slots = [[slot for slot, e in enumerate(order) if e == expert] for expert in sorted(number)]
+        filled = [each + each[:1] * (max(number.values()) - len(each)) for each in slots]
+        self.slot = torch.tensor(filled, device=device)
+        self.copies = torch.tensor([len(each) for each in slots], device=device)
+
+    def _slots(self, experts: Tensor) -> Tensor:
+        """The slots [N, K] to which tokens go: of copies of an expert each token takes the next."""
+        if self.slot is None or self.copies is None:
+            return experts
+        turn = torch.arange(len(experts), device=experts.device)[:, None] + self.axis.index  # [N, 1]
+        return torch.where(experts < 0, -1, self.slot[experts, turn % self.copies[experts]])
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None) -> Tensor:
         """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
-        slots = experts if self.slot is None else torch.where(experts < 0, -1, self.slot[experts])
+        slots = self._slots(experts)
         for log in _LOGS:
             log.append((self.layer, slots.tolist()))
         ends = [i * len(x) // self.parts for i in range(self.parts + 1)]

@@ -199,5 +199,6 @@ def _unit(run: RunConfig, experts: bool) -> int:
     share, moe = share_of(run.model, run.mesh.tp), run.model.moe
     if moe is None or not experts:
         return layer_parameters(replace(share, moe=None))
-    here = replace(moe, num_experts=moe.num_experts // run.mesh.ep, expert_size=moe.expert_size // run.mesh.tp)
+    held = moe.num_experts // run.mesh.ep + run.train.expert_replicas
+    here = replace(moe, num_experts=held, expert_size=moe.expert_size // run.mesh.tp)
     return layer_parameters(replace(share, moe=replace(here, dense_layers=0)))

@@ -30,6 +30,9 @@ WHEN = {
     ("pp", "send"): "hidden states to the next stage, their gradients to the previous one; a tied embedding",
     ("ep", "all_to_all"): "tokens to their experts and back, forward and backward; as many as if chosen evenly",
     ("ep", "counts"): "how many tokens will come, before they do: control traffic",
+    ("ep", "replicas"): "gradients of experts that have copies, after backward; as they are placed at the start",
+    ("dp", "replicas"): "gradients of experts that have copies, after backward; as they are placed at the start",
+    ("dp_cp", "replicas"): "gradients of experts that have copies, after backward; as they are placed at the start",
     ("edp", "all_reduce"): "gradients of experts, while the last micro-batch's backward runs",
     ("world", "all_reduce"): "loss, gradient norm and stop flag, at the end of the step",
 }

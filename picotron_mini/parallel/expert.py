@@ -16,7 +16,8 @@ are added up: shapes fit, nothing crashes.
 Tensor parallelism cuts each expert's inner width as it does an MLP's (`tensor.py`); then each of the tp ranks sends
 its tokens' rows to its own ep group, and partial sums come back.
 
-Memory of a rank: E/ep experts in place of E, for weights, gradients, masters and optimizer state.
+Memory of a rank: E/ep experts in place of E, for weights, gradients, masters and optimizer state; R more with slots for
+copies of hot experts (`replicas.py`).
 
 Papers: GShard (arXiv 2006.16668), DeepSpeed-MoE (arXiv 2201.05596).
 Legend: E experts.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from ..layout import Shard, split
@@ -33,6 +35,7 @@ from ..mesh import Axis
 from ..model.gpt import GPT
 from ..model.moe import MoE
 from ..moe.dispatch import ExpertDispatch
+from ..moe.placement import by_number
 
 
 def is_expert(name: str) -> bool:
@@ -40,9 +43,9 @@ def is_expert(name: str) -> bool:
     return name.split(".")[-2] == "experts"
 
 
-def expert_shard(num_experts: int, ep: int) -> Shard:
+def expert_shard(slots: int, ep: int) -> Shard:
     """How a parameter of experts is cut over ep."""
-    return Shard("ep", 0, split(num_experts, ep))
+    return Shard("ep", 0, split(slots, ep))
 
 
 def mixtures(model: GPT) -> Iterator[MoE]:
@@ -52,23 +55,30 @@ def mixtures(model: GPT) -> Iterator[MoE]:
             yield mlp
 
 
-def expert_parallel(model: GPT, axis: Axis, parts: int = 1) -> None:
+def expert_parallel(
+    model: GPT, axis: Axis, parts: int = 1, replicas: int = 0, device: torch.device | None = None
+) -> None:
     """Keep this rank's experts, in place, and send tokens to the others'; parameter names stay.
 
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
         axis: its size must divide the number of experts (`legality.expert_problems`).
         parts: in how many the tokens are cut, to compute one while the next travels.
+        replicas: slots for copies on each rank.
+        device: where the tokens will be.
     """
     if axis.size == 1:
         return
     for moe in mixtures(model):
         number = moe.config.num_experts
-        start, stop = split(number, axis.size)[axis.index]
+        order = by_number(number, axis.size, replicas)
+        start, stop = split(len(order), axis.size)[axis.index]
         for name, weight in list(moe.experts.named_parameters()):
-            part = weight.detach()[start:stop].clone()
+            part = weight.detach()[list(order[start:stop])]
             setattr(moe.experts, name, nn.Parameter(part, requires_grad=weight.requires_grad))
-        moe.dispatch = ExpertDispatch(axis, number, parts, moe.layer)
+        moe.dispatch = dispatch = ExpertDispatch(axis, number, parts, moe.layer)
+        if replicas:
+            dispatch.place(order, device)
 
 
 def of_one_shape(block: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import RunConfig
+from ..moe.placement import by_load, by_number, imbalance
 from .expert_traffic import ITEMSIZE, Rows, even_rows, even_step
 
 # Operators of a forward that do work, counted (a test counts them again): of a dense layer; of the head with the loss;
@@ -48,15 +49,17 @@ class Flow:
     columns: int  # K, as wide as choices are kept: with choice=expert E
 
 
-def skew_of_loads(loads: Sequence[Sequence[float]], ep: int) -> float:
-    """The busiest rank's load over the even one, mean over the layers, with experts placed by number.
+def skew_of_loads(loads: Sequence[Sequence[float]], ep: int, replicas: int = 0, placed: bool = False) -> float:
+    """The busiest rank's load over the even one, mean over the layers.
 
     Args:
         loads: [L, E], the share of each expert, as `moe_load` of a run's metrics.
+        replicas: slots for copies on each rank.
+        placed: experts are placed by this very load, in place of by number.
     """
-    held = len(loads[0]) // ep
-    busiest = [max(sum(load[i : i + held]) for i in range(0, ep * held, held)) / sum(load) for load in loads]
-    return ep * sum(busiest) / len(busiest)
+    start = by_number(len(loads[0]), ep, replicas)
+    orders = [by_load(load, ep, start) if placed else start for load in loads]
+    return sum(imbalance(load, order, ep) for load, order in zip(loads, orders, strict=True)) / len(loads)
 
 
 def flow(run: RunConfig, skew: float = 1.0) -> Flow:
@@ -114,7 +117,8 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
         routing += rows.tokens * rows.columns * (wide + 24)
     else:
         routing += 16 * mesh.ep * rows.tokens + rows.received * rows.columns * (2 * wide + 24)
-    one = moe.num_experts // mesh.ep * width * inner * w  # the gradient of one projection of all experts here
+    held = moe.num_experts // mesh.ep + train.expert_replicas
+    one = held * width * inner * w  # the gradient of one projection of all experts here
     made = rows.routed * width * (w + wide + (wide if w < 4 else 0))  # of outputs
     if grouped(run):  # all experts' SwiGLU at once
         made = max(made, 3 * rows.routed * inner * w)
@@ -134,4 +138,5 @@ def operators(run: RunConfig) -> int:
     """What a layer with experts runs in a forward, where a dense one runs `DENSE`."""
     moe = run.model.moe
     assert moe is not None
-    return MIXED + EXCHANGE * (run.mesh.ep > 1) + EACH * (1 if grouped(run) else moe.num_experts // run.mesh.ep)
+    held = moe.num_experts // run.mesh.ep + run.train.expert_replicas
+    return MIXED + EXCHANGE * (run.mesh.ep > 1) + EACH * (1 if grouped(run) else held)

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from math import comb
 
 from ..config import MeshShape, MoEConfig, RunConfig
-from ..layout import Layout
+from ..layout import Layout, Placement
 from ..mesh import expert_axis_of
-from ..moe.placement import Order
+from ..moe.placement import Order, by_number, holders, journeys, moves
 
 Rows = Mapping[int, tuple[int, int]]  # layer -> rows that a rank sends, and receives, in one forward of a whole step
 Choices = Sequence[Sequence[int]]  # of each token the slots of its experts, -1 for none
@@ -36,14 +36,15 @@ def rows_for(choices: Choices, ranks: int, held: int) -> list[int]:
     return out
 
 
-def rows_of_step(logs: Sequence[Decided], mesh: MeshShape, moe: MoEConfig, m: int) -> list[Rows]:
+def rows_of_step(logs: Sequence[Decided], mesh: MeshShape, moe: MoEConfig, m: int, replicas: int = 0) -> list[Rows]:
     """The rows of every rank in one step, by rank, from what all ranks' routers decided.
 
     Args:
         logs: of each rank. A layer that is computed again in the backward decides again, the same.
         m: micro-batches.
+        replicas: slots for copies on each rank.
     """
-    held = moe.num_experts // mesh.ep
+    held = moe.num_experts // mesh.ep + replicas
     sent, received = ([Counter[int]() for _ in logs] for _ in range(2))
     decided = [Counter(layer for layer, _ in log) for log in logs]
     for rank, log in enumerate(logs):
@@ -72,35 +73,53 @@ def migration_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int], la
     for name, place in layout.items():
         if not name.startswith(f"layers.{layer}.") or all(shard.axis != "ep" for shard in place.shards):
             continue
-        number, rest = place.shape[0], place.without("ep", "edp")
-        row = rest.local_size(index) // number
-        before = place.order or tuple(range(number))
+        row = place.without("ep", "edp").local_size(index) // place.kept[0]
+        before = place.order or by_number(place.shape[0])
         states = 2 if train.optimizer == "adamw" and not train.freezes(name) else 0
-        # the owner of a slot is a pair: its place along ep, and with ZeRO along edp
-        cut = next((shard.ranges[0][1] for shard in place.shards if shard.axis == "edp"), 0)
-        held = number // ep
-        by_ep = {slot: (slot // held, 0) for slot in range(number)}
-        by_owner = {slot: (slot // held, slot % held // cut if cut else 0) for slot in range(number)}
-        me = index["ep"], index["edp"] if cut else 0
+        cut = _cut(place)
+        leaving = sum(source == index["ep"] for _, source, _ in moves(before, after, ep))
         if not cut:
-            out["ep", "all_to_all"] += _leaving(by_ep, me, before, after) * row * wide * (1 + states)
+            out["ep", "all_to_all"] += leaving * row * wide * (1 + states)
             continue
+        trips = journeys(holders(before, ep, cut), holders(after, ep, cut))
+        owned = sum(source == index["edp"] * ep + index["ep"] for _, source, _ in trips)
         apart = train.zero == 3 or itemsize < 4  # whether the master is no part of the weight
         data = "dp" if run.mesh.cp == 1 else "dp_cp"
-        out[data, "all_to_all"] += _leaving(by_owner, me, before, after) * row * wide * (apart + states)
+        out[data, "all_to_all"] += owned * row * wide * (apart + states)
         if train.zero < 3:
-            out["ep", "all_to_all"] += _leaving(by_ep, (me[0], 0), before, after) * row * itemsize
+            out["ep", "all_to_all"] += leaving * row * itemsize
     return +out
 
 
-def _leaving(owner: Mapping[int, tuple[int, int]], me: tuple[int, int], before: Order, after: Order) -> int:
-    """How many experts I own before and not after."""
-    mine, later = ({order[slot] for slot, who in owner.items() if who == me} for order in (before, after))
-    return len(mine - later)
+def _cut(place: Placement) -> int:
+    """How many of its slots each edp rank owns where ZeRO cuts them; 0 where it does not."""
+    return next((shard.ranges[0][1] for shard in place.shards if shard.axis == "edp"), 0)
+
+
+def replica_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Traffic:
+    """What a rank hands over in a step so that copies of experts have the sum of their gradients.
+
+    Args:
+        layout: as it is in that step; those parameters count that this rank's stage holds and that are trained.
+    """
+    ep, wide = run.mesh.ep, max(ITEMSIZE[run.train.dtype], 4)
+    out: Traffic = Counter()
+    for name, place in layout.items():
+        if len(place.order) == len({*place.order}) or not place.holds(index) or run.train.freezes(name):
+            continue
+        row = place.without("ep", "edp").local_size(index) // place.kept[0]
+        cut = _cut(place)
+        axis, me = ("dp" if run.mesh.cp == 1 else "dp_cp", index["edp"] * ep) if cut else ("ep", 0)
+        held = [ranks for ranks in holders(place.order, ep, cut).values() if me + index["ep"] in ranks]
+        out[axis, "replicas"] += sum(len(ranks) - 1 for ranks in held) * row * wide
+    return +out
 
 
 def even_rows(moe: MoEConfig, ep: int, tokens: int) -> int:
-    """Rows to expect of so many tokens of a rank, sent or received, if all sets of experts are equally likely."""
+    """Rows to expect of so many tokens of a rank, sent or received, if all sets of experts are equally likely.
+
+    Copies of experts change nothing: for one token each expert is at one place.
+    """
     held = moe.num_experts // ep
     return round(tokens * ep * (1 - comb(moe.num_experts - held, moe.top_k) / comb(moe.num_experts, moe.top_k)))
 

@@ -37,7 +37,7 @@ def gather(
             whole = all_gather(torch.cat([whole, pad], shard.dim), mesh[shard.axis], shard.dim)
             whole = whole.narrow(shard.dim, 0, placement.local_shape(index)[shard.dim])  # copies come later
         if order:
-            whole = whole[torch.tensor(order, device=device).argsort()]
+            whole = whole[[order.index(row) for row in range(placement.shape[0])]]  # of copies the first
     if home != 0 and index["dp"] == index["cp"] == index["tp"] == 0:
         if whole is not None:
             send(whole.contiguous(), mesh["pp"], 0).wait()

@@ -47,7 +47,7 @@ def load_parallel(
     index = parallel.index
     with torch.no_grad():
         for name, parameter in parallel.parameters.items():
-            parameter.copy_(state[name][parallel.layout[name].slices(index)])
+            parameter.copy_(parallel.layout[name].part(state[name], index))
     if parallel.routers is not None:
         parallel.routers.load(state)
     return parallel

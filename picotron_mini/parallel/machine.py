@@ -87,7 +87,7 @@ def wire_bytes(operation: str, payload: float, ranks: int) -> float:
     """What a ring carries over each rank's wire for a payload, by the formulas above."""
     factor = {
         "all_reduce": 2 * (ranks - 1) / ranks, "reduce_scatter": (ranks - 1) / ranks, "all_gather": ranks - 1.0,
-        "all_to_all": (ranks - 1) / ranks, "counts": (ranks - 1) / ranks,
+        "all_to_all": (ranks - 1) / ranks, "counts": (ranks - 1) / ranks, "replicas": 1.0,
     }  # fmt: skip
     return payload * factor.get(operation, 1.0)
 

@@ -144,6 +144,8 @@ def messages_of(
         if group < mesh.dp:
             gradients += time("dp", "all_reduce", size, mesh.dp // group)
         gradients += time("cp", "all_reduce", size, mesh.cp)
+    for axis, ranks in (("ep", mesh.ep), (data, replicas)):  # gradients of copies of experts, a message a projection
+        gradients += time(axis, "replicas", traffic[axis, "replicas"] / max(1, 3 * mixed), ranks)
     # between stages, and a tied embedding at both ends
     send = machine.seconds("send", border, 2, crosses_hosts(mesh, "pp", machine)) if mesh.pp > 1 else 0.0
     scalars = machine.seconds("all_reduce", 24, mesh.world_size, crosses_hosts(mesh, "world", machine))

@@ -30,6 +30,7 @@ from ..mesh import Axis, Mesh, coordinates
 from ..model.costs import head_flops, layer_flops
 from ..model.gpt import GPT, global_name, initial_weight, parameter_shapes
 from ..model.permute import fused
+from ..moe.placement import Order, by_number
 from .actions import Route, route_of
 from .balance import balance
 from .compress import compression
@@ -135,11 +136,15 @@ def layout_of(run: RunConfig) -> Layout:
         shards: tuple[Shard, ...] = (
             (Shard("tp", dim, split(shape[dim], mesh.tp)),) if dim is not None and mesh.tp > 1 else ()
         )
+        order: Order = ()
         rows = shards[0].ranges[0][1] if dim == 0 and shards else shape[0]  # of the longest part
         if mesh.ep > 1 and is_expert(name):
-            shards, sum_axes = (expert_shard(shape[0], mesh.ep), *shards), ("edp",)
+            held = shape[0] // mesh.ep + train.expert_replicas
+            shards, sum_axes = (expert_shard(held * mesh.ep, mesh.ep), *shards), ("edp",)
             if train.zero and mesh.edp > 1:
-                shards += (Shard("edp", 0, split(shape[0] // mesh.ep, mesh.edp)),)
+                shards += (Shard("edp", 0, split(held, mesh.edp)),)
+            if train.expert_replicas:
+                order = by_number(shape[0], mesh.ep, train.expert_replicas)
         elif train.zero and mesh.dp > 1:
             group = train.zero_group or mesh.dp
             shards += (Shard("dp", 0, split(rows, group) * (mesh.dp // group)),)
@@ -147,7 +152,7 @@ def layout_of(run: RunConfig) -> Layout:
             sum_axes += ("tp",)
         if len(holders) > 1:
             sum_axes += ("pp",)
-        out[name] = Placement(shape, holders, shards, sum_axes)
+        out[name] = Placement(shape, holders, shards, sum_axes, order)
     return out
 
 
@@ -168,7 +173,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
-        expert_parallel(chunk, mesh["ep"], train.dispatch_parts)
+        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, train.expert_replicas, device)
         tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own

@@ -173,6 +173,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
                         "micro_batch_size": size, "micro_batches": a_rank // size, "schedule": schedule,
                         "dispatch_parts": train.dispatch_parts if mesh.ep > 1 else 1,
                         "place_every": train.place_every if mesh.ep > 1 else 0,
+                        "expert_replicas": train.expert_replicas if mesh.ep > 1 else 0,
                         "virtual_stages": 2, "sequence_parallel": between, "zero": zero, "zero_group": 0,
                         "recompute": kind, "compress": "none" if zero else train.compress,
                         "reduce_group": train.reduce_group if not zero and divides else 0,

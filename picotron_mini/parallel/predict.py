@@ -72,7 +72,7 @@ def _layout(run: RunConfig) -> Layout:
     train = run.train
     telling = TrainConfig(
         schedule=train.schedule, virtual_stages=train.virtual_stages, seq_len=train.seq_len, zero=min(train.zero, 1),
-        zero_group=train.zero_group, sequence_parallel=train.sequence_parallel,
+        zero_group=train.zero_group, sequence_parallel=train.sequence_parallel, expert_replicas=train.expert_replicas,
     )  # fmt: skip
     return _one_layout(RunConfig(layout=run.layout, model=run.model, train=telling))
 

@@ -45,6 +45,8 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
                           it receives in m micro-batches (`expert_traffic.py`); backward S D itemsize + R (the rest)
             counts        16 m ep parts a layer with experts          control traffic: how many rows will come
     edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp
+    ep      replicas      3 D I g (c - 1) for each of a rank's experts with c copies, a layer; I/tp with tp. With ZeRO
+                          it is over dp (dp_cp), for those that the rank owns
 
 T is a rank's share of the sequence, T / cp; kv = 2 B T Hkv Dh, where H, Hkv are a rank's share of the heads, / tp. With
 `recompute=full` each layer in which or below which something is trained runs its exchanges of the forward again, but
@@ -63,7 +65,7 @@ from ..config import RunConfig
 from ..layout import Layout, Placement
 from .actions import route_of
 from .buckets import last_first
-from .expert_traffic import ITEMSIZE, Rows, Traffic, even_step
+from .expert_traffic import ITEMSIZE, Rows, Traffic, even_step, replica_bytes
 
 # the first parameter of what is one tensor-parallel pair, and the last of its products
 ENTRIES = ("attention.q.weight", "mlp.gate.weight", "mlp.router.weight")
@@ -75,7 +77,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows:
 
     Args:
         run: resolved.
-        layout: of `parallelize.layout_of`.
+        layout: of `parallelize.layout_of`; where experts have moved, with the order that they were in.
         rows: of this rank, that travel to experts and from them; None: as many as are to be expected if the experts
             are chosen evenly.
     """
@@ -135,6 +137,7 @@ def predict_step(run: RunConfig, layout: Layout, index: Mapping[str, int], rows:
     if run.model.moe is not None and mesh.ep > 1:
         rows = rows or dict.fromkeys(run.model.moe_layers, even_step(run))
         out += _dispatch(run, list(mine), set(trained), rows, flows=not first)
+        out += replica_bytes(run, mine, index)
     return +out  # without zeros
 
 

@@ -6,32 +6,31 @@
 
 Copies of bytes, so every weight is the same to the last bit before and after. Without ZeRO the owners of rows are the
 ranks of ep, in each of the edp copies for itself. With ZeRO each row of masters and state has one owner among all data
-ranks, and rows travel between them; the weights that compute uses travel over ep (ZeRO 1 and 2).
+ranks, and rows travel between them; the weights that compute uses travel over ep (ZeRO 1 and 2). An expert with copies
+(`placement.py`) has as many owners, any of which can send it: a copy more is a row that travels, one less is forgotten.
 
-Cost in payload (`expert_traffic.migration_bytes`): of each expert that leaves a rank, and each of the three
+Cost in payload (`expert_traffic.migration_bytes`): of each expert that comes to another rank, and each of the three
 projections, the row of the master and of every optimizer state of that shape; with ZeRO 1 and 2 also of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..collectives import all_to_all_async
-from ..layout import Placement
 from ..memory.masters import SplitMasters
 from ..mesh import Axis
 from ..model.balancing import RoutingStats
 from ..moe.dispatch import ExpertDispatch
-from ..moe.placement import Order, by_load, by_number, imbalance, moves
+from ..moe.placement import Holders, Order, by_load, by_number, holders, imbalance, journeys, moves
 from ..parallel.expert import is_expert, mixtures
 from ..parallel.parallelize import Parallel
+from ..parallel.replicas import keepers
 from ..parallel.zero3 import ShardedWeights
-
-Owner = Callable[[int], tuple[int, int]]  # slot -> index on the axis of the rank that keeps it, and its row there
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Migration:
     """What placing the experts of one layer anew has done."""
 
     layer: int
-    moved: int  # experts that changed their rank
+    moved: int  # experts that came to a rank which had them not
     before: float  # busiest rank over the mean, of the load that was measured
     after: float
 
@@ -65,7 +64,7 @@ def place_experts(parallel: Parallel, optimizer: torch.optim.Optimizer, load: Ma
         if after != before:
             for name in names:
                 move_parameter(parallel, optimizer, name, before, after)
-            moe.dispatch.slot = torch.tensor(after, device=parallel.device).argsort()
+            moe.dispatch.place(after, parallel.device)
     return out
 
 
@@ -77,22 +76,23 @@ def move_parameter(
     mesh, place, masters = parallel.mesh, parallel.layout[name], parallel.masters
     master, weight = masters[name], parallel.parameters[name]
     states = _state(optimizer, parallel.trained.get(name, master))
-    held = len(before) // mesh.shape.ep
-    axis, owner = _owners(place, mesh["ep"], mesh["dp_cp"])
+    moved = replace(place, order=after)
+    axis, was = keepers(replace(place, order=before), mesh)
+    will = keepers(moved, mesh)[1]
     whole = axis.name != "ep" and not isinstance(parallel.gradients, ShardedWeights)  # rows of the weight of others too
     inside = whole and master.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     kept = [] if inside else [master]
     if isinstance(masters, SplitMasters):  # `master` is a copy
         kept = [weight.data, masters.rests[name]]
     for tensor in [*kept, *states]:
-        _move(tensor, axis, owner, before, after)
+        _move(tensor, axis, was, will)
     if whole:  # and with it the master, if that is a part of it
-        _move(weight.data, mesh["ep"], lambda slot: (slot // held, slot % held), before, after)
+        _move(weight.data, mesh["ep"], *(holders(order, mesh.shape.ep) for order in (before, after)))
     elif isinstance(parallel.gradients, ShardedWeights):
         parallel.gradients.publish({weight: master})
     elif weight is not master and not isinstance(masters, SplitMasters):
         weight.data.copy_(master)
-    parallel.layout[name] = replace(place, order=after)
+    parallel.layout[name] = moved
 
 
 def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> list[Tensor]:
@@ -100,35 +100,23 @@ def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> list[Tensor]:
     return [value for value in optimizer.state.get(master, {}).values() if value.shape == master.shape]
 
 
-def _owners(place: Placement, ep: Axis, data: Axis) -> tuple[Axis, Owner]:
-    """Who keeps the master of which slot."""
-    held = place.shape[0] // ep.size
-    rows = next((shard.ranges[0][1] for shard in place.shards if shard.axis == "edp"), 0)
-    if not rows:
-        return ep, lambda slot: (slot // held, slot % held)
-    return data, lambda slot: (slot % held // rows * ep.size + slot // held, slot % held % rows)
-
-
-def _move(tensor: Tensor, axis: Axis, owner: Owner, before: Order, after: Order) -> None:
-    """Rows of a tensor, one an expert, from their owners before to those after, in place."""
+def _move(tensor: Tensor, axis: Axis, was: Holders, will: Holders) -> None:
+    """Rows of a tensor, one an expert, from those that have them to those that shall, in place."""
     if tensor.dtype == torch.int16:  # halves of masters; no backend sends int16, and only bits are copied here
         tensor = tensor.view(torch.bfloat16)
-    was = {expert: owner(slot) for slot, expert in enumerate(before)}
-    will = {expert: owner(slot) for slot, expert in enumerate(after)}
-    me = axis.index
-    here = [expert for expert in sorted(was) if was[expert][0] == me]
-    going = sorted((will[e][0], e) for e in here if will[e][0] != me)
-    coming = sorted((was[e][0], e) for e in will if will[e][0] == me and was[e][0] != me)
+    me, trips = axis.index, journeys(was, will)
+    going = sorted((to, e) for e, source, to in trips if source == me)
+    coming = sorted((source, e) for e, source, to in trips if to == me)
     sends, receives = ([sum(rank == r for rank, _ in each) for r in range(axis.size)] for each in (going, coming))
     old = tensor.clone()  # also where an expert only changes its slot
-    sent = old[[was[e][1] for _, e in going]]
+    sent = old[[was[e][me] for _, e in going]]
     got = torch.empty(len(coming), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     all_to_all_async(got, sent, axis, receives, sends).wait()
     for row, (_, expert) in zip(got, coming, strict=True):
-        tensor[will[expert][1]] = row
-    for expert in here:
-        if will[expert][0] == me:
-            tensor[will[expert][1]] = old[was[expert][1]]
+        tensor[will[expert][me]] = row
+    for expert, ranks in will.items():
+        if me in ranks and me in was[expert]:
+            tensor[ranks[me]] = old[was[expert][me]]
 
 
 class Placer:

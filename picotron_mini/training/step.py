@@ -34,6 +34,7 @@ from ..parallel.parallelize import Parallel
 from ..parallel.partial import sum_partial_gradients
 from ..parallel.pipeline import Forward, run_forward, run_pipeline
 from ..parallel.receives import Receives, receives_in_one_order
+from ..parallel.replicas import sum_replicas
 from ..parallel.schedules import find_schedule
 from ..parallel.several import SeveralBuckets
 from .optimizer import clip_factor
@@ -93,6 +94,7 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
     )
     gradients.finish()
     sum_partial_gradients(gradients_of(parallel), parallel.layout, mesh)
+    sum_replicas(gradients_of(parallel), parallel.layout, mesh)
     return loss, tokens
 
 
@@ -131,7 +133,8 @@ def gradients_of(parallel: Parallel) -> dict[str, Tensor]:
 
 def squared_norm(parallel: Parallel, gradients: dict[str, Tensor]) -> Tensor:
     """This rank's share of the squared global norm, float64: each element counts on one rank only."""
-    counted = [g for name, g in gradients.items() if parallel.layout[name].counts(parallel.index)]
+    layout, index = parallel.layout, parallel.index
+    counted = [layout[name].once(g, index) for name, g in gradients.items() if layout[name].counts(index)]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=parallel.device)
     return torch.nn.utils.get_total_norm(counted).double() ** 2

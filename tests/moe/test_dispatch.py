@@ -89,7 +89,7 @@ def check(how: str, parts: int = 1, order: list[int] | None = None) -> None:
     mine, x, w = slice_of(moved, own), tokens[rank].detach().clone().requires_grad_(), weights[rank].detach().clone()
     send = ExpertDispatch(axis, E, parts)
     if order is not None:
-        send.slot = torch.tensor(order).argsort()
+        send.place(tuple(order))
     y = send(x, chosen[rank], w.requires_grad_(), mine, shared)
     (y**2).sum().backward()
     same = {"rtol": 1e-12, "atol": 1e-12}
