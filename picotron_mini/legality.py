@@ -198,6 +198,11 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         )
     if train.compress != "none" and train.zero:
         found.append(f"compress={train.compress} is for whole gradients, and zero={train.zero} cuts them; use zero=0")
+    if train.compress == "topk" and train.place_every:
+        found.append(
+            f"compress=topk keeps what it has not sent yet by slot, and experts change theirs (place_every="
+            f"{train.place_every}); use compress=bf16 or none, or place_every=0"
+        )
     if not 0 < train.compress_keep <= 1:
         found.append(f"compress_keep={train.compress_keep} must lie above 0 and be at most 1")
     if train.reduce_group:

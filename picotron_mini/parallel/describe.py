@@ -151,4 +151,5 @@ def _lengths(ranges: tuple[tuple[int, int], ...]) -> str:
 
 
 def _summed(run: RunConfig, place: Placement) -> list[str]:
-    return [axis for axis in place.sum_axes if getattr(run.mesh, axis) > 1]
+    copies = ["ep, where it has copies"] if len(place.order) > place.shape[0] else []
+    return [axis for axis in place.sum_axes if getattr(run.mesh, axis) > 1] + copies

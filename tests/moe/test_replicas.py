@@ -27,7 +27,7 @@ from picotron_mini.parallel.machine import MACHINES
 from picotron_mini.parallel.parallelize import layout_of, parallelize
 from picotron_mini.parallel.predict import predict
 from picotron_mini.training import step
-from picotron_mini.training.migrate import place_experts
+from picotron_mini.training.migrate import move_parameter, place_experts
 from picotron_mini.training.optimizer import make_optimizer
 from picotron_mini.training.step import apply_gradients, compute_gradients
 from picotron_mini.verify import EXPERTS, MODEL, TRAIN, _select, make_batches, verify
@@ -130,6 +130,7 @@ def test_a_skew_is_known_for_copies() -> None:
     [
         ("dp=2", {}, r"expert_replicas=1 is for experts on several ranks, and ep=1; use expert_replicas=0, or ep=2"),
         ("dp=4,ep=4", {"expert_replicas": 7}, r"none is there twice; use expert_replicas<=6"),
+        ("dp=4,ep=2", {"compress": "topk", "place_every": 2}, r"by slot.*use compress=bf16 or none, or place_every=0"),
         ("dp=4,ep=4", {"expert_replicas": -1}, r"expert_replicas=-1 must be at least 0"),
     ],
 )
@@ -276,6 +277,31 @@ def test_copies_are_equal_to_the_bit_and_moves_send_what_was_predicted(ranks, la
                         assert torch.equal(whole.setdefault(key, row), row), f"{key} on rank {rank} after move {move}"
         assert len({key[2] for key in whole}) == 8 and max(seen.values()) > min(seen.values())  # type: ignore[index]
     assert any(sum(move["sent"].values()) for result in results for move in result), "something moved"
+
+
+def moved_by_hand(run: RunConfig, after: tuple[int, ...]) -> list[Tensor]:
+    """An expert's up projection before and after a move of our own, whole, on rank 0."""
+    mesh = Mesh.build(run.mesh)
+    parallel = parallelize(run, mesh, torch.device("cpu"))
+    optimizer, name, out = make_optimizer(parallel.trained, run.train), "layers.1.mlp.experts.up", []
+    for _ in range(2):
+        for tensor, place in (
+            (parallel.masters[name], parallel.layout[name]),
+            (parallel.parameters[name].data, parallel.layout[name].without("edp")),
+        ):
+            got = gather(tensor, place, mesh, tensor.dtype, parallel.device)
+            out += [] if got is None else [got.clone()]
+        if after != parallel.layout[name].order:
+            move_parameter(parallel, optimizer, name, parallel.layout[name].order, after)
+    return out
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_an_expert_may_change_its_slot_and_stay_on_its_rank(ranks, zero: int) -> None:
+    run = run_of("dp=4,ep=2", zero=zero)
+    after = (3, 4, 2, 0, 1, 5, 0, 6, 4, 7)
+    before, weight, master_after, weight_after = ranks(moved_by_hand, run, after, world_size=4)[0]
+    assert torch.equal(before, master_after) and torch.equal(weight, weight_after) and torch.equal(before, weight)
 
 
 def test_the_bytes_by_hand() -> None:
