@@ -43,10 +43,11 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
 def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """What keeps experts from being spread over ep ranks, in words; empty when nothing does."""
     if mesh.ep == 1:
+        off = {"dispatch_parts": 1, "dispatch_payload": "same", "place_every": 0, "expert_replicas": 0}
         return [
-            f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={off}, or ep=2"
-            for name, off in (("dispatch_parts", 1), ("place_every", 0), ("expert_replicas", 0))
-            if getattr(train, name) != off
+            f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={value}, or ep=2"
+            for name, value in off.items()
+            if getattr(train, name) != value
         ]
     if model.moe is None:
         return [f"ep={mesh.ep} spreads experts, and this model has none; use ep=1, or give it experts (model.moe)"]
@@ -67,6 +68,11 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
         found.append(
             f"expert_replicas={train.expert_replicas} gives a rank more than the {number} experts, and none is there "
             f"twice; use expert_replicas<={most}"
+        )
+    if train.dispatch_payload == "bf16" and train.dtype == "bfloat16":
+        found.append(
+            "dispatch_payload=bf16 narrows nothing with dtype=bfloat16, in which tokens travel as they are; "
+            "use dispatch_payload=fp8 or same"
         )
     if train.zero_group:
         found.append(

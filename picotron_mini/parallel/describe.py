@@ -77,6 +77,8 @@ def _when(run: RunConfig, key: tuple[str, str]) -> str:
     text = ZERO[key][run.train.zero - 1] if run.train.zero and key in ZERO else WHEN.get(key, "")
     if run.train.reduce_group and key[0] in ("dp", "dp_cp"):
         text = GROUPED[key[1]]
+    if key == ("ep", "all_to_all") and run.train.dispatch_payload != "same":
+        text += "; " + {"bf16": "in bf16", "fp8": "there in float8, back in bf16"}[run.train.dispatch_payload]
     moe = run.model.moe
     if moe is None or key not in EXPERTS:
         return text

@@ -173,7 +173,8 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
-        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, train.expert_replicas, device)
+        replicas, payload = train.expert_replicas, train.dispatch_payload
+        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, replicas, device, payload)
         tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own

@@ -135,7 +135,15 @@ def test_describe_says_where_experts_are_and_when_tokens_travel() -> None:
     text = out.getvalue()
     assert re.search(r"experts\.gate +│ \[8, 16, 32\].*dim 0 over ep: 4\+4; dim 0 over edp: 2\+2 +│ edp", text), text
     assert re.search(r"ep +│ all_to_all +│ tokens to their experts and back", text)
+    assert "float8" not in text
     assert re.search(r"ep +│ counts", text) and re.search(r"edp +│ reduce_scatter +│ gradients of experts", text)
+
+
+def test_describe_says_in_what_form_tokens_travel() -> None:
+    out = io.StringIO()
+    Console(width=250, file=out).print(describe(ready("dp=4,ep=2", dispatch_payload="fp8")))
+    assert "tokens to their experts and back, forward and backward" in out.getvalue()
+    assert "; there in float8, back in bf16" in out.getvalue()
 
 
 def test_bytes_by_hand() -> None:

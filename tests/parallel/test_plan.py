@@ -452,13 +452,13 @@ def test_operators_of_layers_are_counted() -> None:
             self.number += not any(name in str(func) for name in views)
             return func(*args, **(kwargs or {}))
 
-    def count(model: ModelConfig, away: bool = False) -> int:
+    def count(model: ModelConfig, payload: str = "") -> int:
         whole = replace(model, num_layers=1, head_dim=16)
         part = GPT(whole, embed=False, head=False)
         init_weights(part, 0)
-        if away:
+        if payload:
             (moe,) = mixtures(part)
-            moe.dispatch = ExpertDispatch(Axis("ep", 1, 0, (0,)), EXPERTS.num_experts)
+            moe.dispatch = ExpertDispatch(Axis("ep", 1, 0, (0,)), EXPERTS.num_experts, payload=payload)
         x = torch.randn(2, 16, whole.hidden_size, requires_grad=True)
         with Count() as counted:
             part(x)
@@ -472,8 +472,9 @@ def test_operators_of_layers_are_counted() -> None:
     assert counted.number - 1 == expert_costs.HEAD  # one of them makes the targets
     assert count(MODEL) == expert_costs.DENSE
     assert count(replace(MODEL, moe=EXPERTS)) == expert_costs.operators(mixed("dp=2"))
-    away = count(replace(MODEL, moe=EXPERTS), away=True)  # all experts are here, so only the exchange is more
-    assert away == expert_costs.operators(mixed("dp=2")) + expert_costs.EXCHANGE
+    for payload, more in expert_costs.PACKED.items():
+        away = count(replace(MODEL, moe=EXPERTS), payload)  # all experts are here, so only the exchange is more
+        assert away == expert_costs.operators(mixed("dp=2")) + expert_costs.EXCHANGE + more
 
 
 def test_what_a_mixture_computes() -> None:
