@@ -50,6 +50,10 @@ class MeshShape:
         """How many ranks hold the same experts, where these are spread."""
         return self.dp * self.cp // self.ep
 
+    def edp_inside(self, zero_group: int) -> int:
+        """How many of those are in a group of so many dp ranks (`TrainConfig.zero_group`; 0: all ranks are one)."""
+        return (zero_group or self.dp) * self.cp // self.ep
+
     @classmethod
     def parse(cls, text: str) -> MeshShape:
         """Read `"dp=2,tp=2,pp=2"`; an axis that is not named has size 1, and `"1"` or `""` is one rank.

@@ -74,10 +74,20 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
             "dispatch_payload=bf16 narrows nothing with dtype=bfloat16, in which tokens travel as they are; "
             "use dispatch_payload=fp8 or same"
         )
-    if train.zero_group:
+    group = train.zero_group * mesh.cp
+    if group and not ranks % mesh.ep and group % mesh.ep:
+        fits = [d for d in divisors(mesh.dp) if not d * mesh.cp % mesh.ep]
+        why = f"zero_group={train.zero_group}" if mesh.cp == 1 else f"zero_group*cp={group}"
         found.append(
-            f"zero_group={train.zero_group} cuts dp in groups, and ep={mesh.ep} cuts it anew; use zero_group=0"
+            f"{why} ranks of a group are no multiple of the ep={mesh.ep} that hold all experts between them; "
+            f"zero_group could be {nearest(train.zero_group, fits)}"
         )
+    for name in ("place_every", "expert_replicas"):
+        if train.zero_group and getattr(train, name):
+            found.append(
+                f"{name}={getattr(train, name)} trades rows of experts between the ranks that own them, and with "
+                f"zero_group={train.zero_group} every group has owners of its own; use zero_group=0 or {name}=0"
+            )
     return found
 
 

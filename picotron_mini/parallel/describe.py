@@ -47,6 +47,7 @@ ZERO = {  # ... and with zero=1, 2, 3
         "gradients, while each micro-batch's backward runs",
         "gradients of each unit after its backward, in each micro-batch",
     ],
+    ("edp", "all_reduce"): ["gradients of experts over the groups, after the last backward"] * 3,
     ("edp", "reduce_scatter"): ["gradients of experts, as those of all else over dp"] * 3,
     ("edp", "all_gather"): ["weights of experts, as those of all else over dp"] * 3,
     ("dp", "all_gather"): [

@@ -45,7 +45,8 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
                           it receives in m micro-batches (`expert_traffic.py`); backward S D itemsize + R (the rest)
                           with dispatch_payload, D itemsize becomes 2 D (bf16), or D + 4 with S and 2 D with R (fp8)
             counts        16 m ep parts a layer with experts          control traffic: how many rows will come
-    edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp
+    edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp;
+                          with zero as those of all else over dp, in groups of zero_group cp / ep
     ep      replicas      3 D I g (c - 1) for each of a rank's experts with c copies, a layer; I/tp with tp. With ZeRO
                           it is over dp (dp_cp), for those that the rank owns
 
@@ -221,16 +222,16 @@ def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], i
     train, mesh, itemsize = run.train, run.mesh, ITEMSIZE[run.train.dtype]
     columns = {name: place.rows_size(index) for name, place in mine.items()}
     out: Traffic = Counter()
-    group = train.zero_group or mesh.dp
+    group, inside = train.zero_group or mesh.dp, mesh.edp_inside(train.zero_group)
     for axis, names in _by_axis(mine, trained).items():
         room = sum(columns[name] for name in names) + len(names)
-        size = group if axis == "dp" else mesh.edp
-        if size == 1:
-            continue
-        if axis == "dp" and group < mesh.dp:
-            out["dp", "all_reduce"] = max(itemsize, 4) * room  # over the groups
+        size, ranks = (group, mesh.dp) if axis == "dp" else (inside, mesh.edp)
+        if size < ranks:
+            out[axis, "all_reduce"] = max(itemsize, 4) * room  # over the groups
         if axis == "dp" and mesh.cp > 1:
             out["cp", "all_reduce"] = max(itemsize, 4) * room
+        if size == 1:
+            continue
         times = 1 if train.zero == 1 else train.micro_batches
         out[axis, "reduce_scatter"] = size * max(itemsize, 4) * room * times
         if train.zero < 3:
@@ -246,7 +247,7 @@ def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], i
     for unit in uses.values():
         flows = flows or not trained.isdisjoint(unit)
         for axis, names in _by_axis(mine, unit).items():
-            if axis == "dp" or mesh.edp > 1:
+            if axis == "dp" or inside > 1:
                 number = sum(columns[name] for name in names)
                 out[axis, "all_gather"] += train.micro_batches * itemsize * number * (1 + flows)
     return out
