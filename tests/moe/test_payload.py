@@ -260,6 +260,7 @@ def test_bytes_by_hand() -> None:
         ("dp=2,ep=2", {"dispatch_payload": "bf16", "dispatch_parts": 2}),
         ("dp=4,ep=2", {"dispatch_payload": "fp8", "dtype": "bfloat16", "zero": 1}),
         ("dp=2,tp=2,ep=2", {"dispatch_payload": "fp8", "sequence_parallel": True, "recompute": "full"}),
+        ("dp=4,ep=2", {"dispatch_payload": "fp8", "expert_replicas": 1, "zero": 3}),
     ],
 )
 def test_bytes_of_a_dry_run(layout: str, train: dict[str, Any]) -> None:
