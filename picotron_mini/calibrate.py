@@ -95,7 +95,8 @@ def with_bucket(run: RunConfig, gpus: int) -> RunConfig:
     if ranks == 1:
         return replace(run, train=replace(run.train, bucket_mb=25.0))
     train = replace(probe.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", virtual_stages=2, compress="none",
-                    sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0)  # fmt: skip
+                    sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0, dispatch_parts=1,
+                    dispatch_payload="same", place_every=0, expert_replicas=0)  # fmt: skip
     alone = resolve(replace(probe, layout="1", train=train), gpus=gpus)
     machine = calibrated(alone, min(ranks, gpus or os.cpu_count() or 1))
     layout, index = layout_of(probe), coordinates(probe.mesh, 0)

@@ -50,6 +50,10 @@ class MeshShape:
         """How many ranks hold the same experts, where these are spread."""
         return self.dp * self.cp // self.ep
 
+    def edp_inside(self, zero_group: int) -> int:
+        """How many of those are in a group of so many dp ranks (`TrainConfig.zero_group`; 0: all ranks are one)."""
+        return (zero_group or self.dp) * self.cp // self.ep
+
     @classmethod
     def parse(cls, text: str) -> MeshShape:
         """Read `"dp=2,tp=2,pp=2"`; an axis that is not named has size 1, and `"1"` or `""` is one rank.
@@ -187,6 +191,7 @@ class TrainConfig:
     reduce_group: int = 0  # dp (and cp) ranks of one host, which sum gradients before hosts do; 0: all ranks at once
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
     dispatch_parts: int = 1  # of the tokens on their way to experts on other ranks: one computes, the next travels
+    dispatch_payload: Literal["same", "bf16", "fp8"] = "same"  # how tokens travel to experts: as they are, or lossy
     place_every: int = 0  # steps after which experts are spread over ep anew, by their load; 0: they stay
     expert_replicas: int = 0  # experts more than E/ep that each ep rank holds: copies of the busiest, with place_every
     zero_group: int = 0  # dp ranks that share one copy of what zero cuts; 0: all of them, fewer: HSDP

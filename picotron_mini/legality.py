@@ -43,10 +43,11 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
 def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """What keeps experts from being spread over ep ranks, in words; empty when nothing does."""
     if mesh.ep == 1:
+        off = {"dispatch_parts": 1, "dispatch_payload": "same", "place_every": 0, "expert_replicas": 0}
         return [
-            f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={off}, or ep=2"
-            for name, off in (("dispatch_parts", 1), ("place_every", 0), ("expert_replicas", 0))
-            if getattr(train, name) != off
+            f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={value}, or ep=2"
+            for name, value in off.items()
+            if getattr(train, name) != value
         ]
     if model.moe is None:
         return [f"ep={mesh.ep} spreads experts, and this model has none; use ep=1, or give it experts (model.moe)"]
@@ -68,10 +69,25 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
             f"expert_replicas={train.expert_replicas} gives a rank more than the {number} experts, and none is there "
             f"twice; use expert_replicas<={most}"
         )
-    if train.zero_group:
+    if train.dispatch_payload == "bf16" and train.dtype == "bfloat16":
         found.append(
-            f"zero_group={train.zero_group} cuts dp in groups, and ep={mesh.ep} cuts it anew; use zero_group=0"
+            "dispatch_payload=bf16 narrows nothing with dtype=bfloat16, in which tokens travel as they are; "
+            "use dispatch_payload=fp8 or same"
         )
+    group = train.zero_group * mesh.cp
+    if group and not ranks % mesh.ep and group % mesh.ep:
+        fits = [d for d in divisors(mesh.dp) if not d * mesh.cp % mesh.ep]
+        why = f"zero_group={train.zero_group}" if mesh.cp == 1 else f"zero_group*cp={group}"
+        found.append(
+            f"{why} ranks of a group are no multiple of the ep={mesh.ep} that hold all experts between them; "
+            f"zero_group could be {nearest(train.zero_group, fits)}"
+        )
+    for name in ("place_every", "expert_replicas"):
+        if train.zero_group and getattr(train, name):
+            found.append(
+                f"{name}={getattr(train, name)} trades rows of experts between the ranks that own them, and with "
+                f"zero_group={train.zero_group} every group has owners of its own; use zero_group=0 or {name}=0"
+            )
     return found
 
 

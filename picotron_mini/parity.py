@@ -41,7 +41,7 @@ class Report:
     bytes_counted: dict[str, int]
     bytes_problems: list[str] = field(default_factory=list)  # ranks where the two differ
     first_divergence: str | None = None
-    lossy: str = ""  # the setting, if there is one, by which gradients are meant to differ
+    lossy: str = ""  # the settings, if there are any, by which results are meant to differ
 
     @property
     def max_rel_err(self) -> float:
@@ -75,7 +75,9 @@ def _finite(error: float) -> float | None:
 def table(report: Report) -> Table:
     """The report as a table for a terminal."""
     verdict = "equal to one device" if report.ok else "NOT equal to one device"
-    if report.lossy and not report.ok:
+    if report.lossy and report.ok:
+        verdict = f"within tolerance of one device, though {report.lossy} is lossy"
+    elif report.lossy:
         error = next(d.error for d in report.differences if d.quantity == "gradients")
         verdict = f"NOT exact, and by choice: {report.lossy} is lossy, and gradients differ by up to {error:.1e}"
     out = Table(title=f"{report.layout}: {verdict}", title_justify="left")

@@ -170,7 +170,10 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
         ranks: to measure with, if it is this one.
     """
     if wish.machine == "this":
-        alone = replace(run.train, batch_size=0, zero=0, schedule="1f1b", sequence_parallel=False, recompute="none")
+        alone = replace(
+            run.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", sequence_parallel=False, recompute="none",
+            dispatch_parts=1, dispatch_payload="same", place_every=0, expert_replicas=0,
+        )  # fmt: skip
         gpus = torch.cuda.device_count()
         machine = calibrated(resolve(replace(run, layout="1", train=alone), gpus=gpus), ranks, wish.measure)
         if machine.missed > MISSED:

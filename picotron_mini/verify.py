@@ -213,7 +213,11 @@ def _report(runs: Sequence[RunConfig], per_rank: Sequence[list[Any]]) -> Report:
         differences=[Difference(q, e, where, tolerance(q)) for q, (e, where) in errors.worst.items()],
         bytes_predicted=named(predicted[-1][0]),
         bytes_counted=named(per_rank[0][-1][1]),
-        lossy=f"compress={run.train.compress}" if run.train.compress != "none" else "",
+        lossy=" with ".join(
+            f"{name}={getattr(run.train, name)}"
+            for name, exact in (("compress", "none"), ("dispatch_payload", "same"))
+            if getattr(run.train, name) != exact
+        ),
     )
     report.first_divergence = next((w for q, e, w in errors.seen if not e <= tolerance(q)), None)
     for rank, results in enumerate(per_rank):

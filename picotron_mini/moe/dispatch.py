@@ -32,6 +32,7 @@ The only thing for which the host waits is the numbers of rows, which it must kn
 Cost in payload, with S rows sent, R received, w bytes a number of x and g = max(w, 4) of a weight:
     forward    S (D w + 2 K g) there, R D w back;      backward    S D w there, R (D w + 2 K g) back
     control    16 ep parts forward, counted apart
+With a narrower `payload` (`payload.py`) D w is less: bf16 2 D both ways, fp8 D + 4 there and at most 2 D back.
 
 Papers: GShard (arXiv 2006.16668), Tutel (arXiv 2206.03382); once for each rank: DeepSeek-V3 (arXiv 2412.19437).
 Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows received, M rows for experts.
@@ -53,6 +54,7 @@ from ..mesh import Axis
 from ..model.moe import Experts, local_dispatch
 from ..model.permute import PLAIN, Passes, compiled, gather, take
 from .exchange import UnevenExchange
+from .payload import FORMS
 from .placement import Order
 
 
@@ -130,6 +132,7 @@ class ExpertDispatch:
         axis: the ranks that hold the experts between them.
         num_experts: of the whole model.
         parts: in how many the tokens are cut, to compute one while the next travels.
+        payload: in what form rows and their gradients travel, one of `payload.FORMS`.
 
     Attributes:
         held: slots on each rank.
@@ -139,8 +142,9 @@ class ExpertDispatch:
         expected: see `plan`; None outside of a dry run.
     """
 
-    def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0) -> None:
+    def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0, payload: str = "same") -> None:
         self.axis, self.held, self.parts, self.layer = axis, num_experts // axis.size, parts, layer
+        self.there, self.home = FORMS[payload]
         self.slot: Tensor | None = None
         self.copies: Tensor | None = None
         self.expected: Callable[[int], int] | None = None
@@ -183,7 +187,7 @@ class ExpertDispatch:
             rows, meta = (trip.wait(arriving) for trip, arriving in zip(trips, (rows, meta), strict=True))
             local, weight = meta[:, experts.shape[1] :].detach().long(), meta[:, : experts.shape[1]]  # [R, K] each
             out = local_dispatch(rows, local, weight, run, routed=each.routed)  # [R, D]
-            back = UnevenExchange(self.axis, each.receives, each.sends)
+            back = UnevenExchange(self.axis, each.receives, each.sends, self.home, self.there)
             coming.append((back, back.start(out)))
         found = [
             gather(back.wait(arriving), each.token, each.place, passes)
@@ -197,10 +201,11 @@ class ExpertDispatch:
     ) -> tuple[Tensor, Tensor, tuple[UnevenExchange, UnevenExchange]]:
         """Let rows set out, and beside them [S, 2 K] the weights and, exact in float32, which experts they are for."""
         wide = torch.promote_types(weights.dtype, torch.float32)
-        trips = tuple(UnevenExchange(self.axis, plan.sends, plan.receives) for _ in range(2))
+        splits = self.axis, plan.sends, plan.receives
+        trips = UnevenExchange(*splits, self.there, self.home), UnevenExchange(*splits)
         rows = trips[0].start(take(x, plan.token, plan.place, passes))  # under way while the rest is made
         beside = [take(weights.to(wide), plan.token, plan.place, passes), plan.local.to(wide)]
-        return rows, trips[1].start(torch.cat(beside, 1)), (trips[0], trips[1])
+        return rows, trips[1].start(torch.cat(beside, 1)), trips
 
 
 _LOGS: list[list[tuple[int, list[list[int]]]]] = []

@@ -47,6 +47,7 @@ ZERO = {  # ... and with zero=1, 2, 3
         "gradients, while each micro-batch's backward runs",
         "gradients of each unit after its backward, in each micro-batch",
     ],
+    ("edp", "all_reduce"): ["gradients of experts over the groups, after the last backward"] * 3,
     ("edp", "reduce_scatter"): ["gradients of experts, as those of all else over dp"] * 3,
     ("edp", "all_gather"): ["weights of experts, as those of all else over dp"] * 3,
     ("dp", "all_gather"): [
@@ -77,6 +78,8 @@ def _when(run: RunConfig, key: tuple[str, str]) -> str:
     text = ZERO[key][run.train.zero - 1] if run.train.zero and key in ZERO else WHEN.get(key, "")
     if run.train.reduce_group and key[0] in ("dp", "dp_cp"):
         text = GROUPED[key[1]]
+    if key == ("ep", "all_to_all") and run.train.dispatch_payload != "same":
+        text += "; " + {"bf16": "in bf16", "fp8": "there in float8, back in bf16"}[run.train.dispatch_payload]
     moe = run.model.moe
     if moe is None or key not in EXPERTS:
         return text

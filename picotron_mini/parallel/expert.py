@@ -56,7 +56,7 @@ def mixtures(model: GPT) -> Iterator[MoE]:
 
 
 def expert_parallel(
-    model: GPT, axis: Axis, parts: int = 1, replicas: int = 0, device: torch.device | None = None
+    model: GPT, axis: Axis, parts: int = 1, replicas: int = 0, device: torch.device | None = None, payload: str = "same"
 ) -> None:
     """Keep this rank's experts, in place, and send tokens to the others'; parameter names stay.
 
@@ -66,6 +66,7 @@ def expert_parallel(
         parts: in how many the tokens are cut, to compute one while the next travels.
         replicas: slots for copies on each rank.
         device: where the tokens will be.
+        payload: in what form they travel (`moe/payload.py`).
     """
     if axis.size == 1:
         return
@@ -76,7 +77,7 @@ def expert_parallel(
         for name, weight in list(moe.experts.named_parameters()):
             part = weight.detach()[list(order[start:stop])]
             setattr(moe.experts, name, nn.Parameter(part, requires_grad=weight.requires_grad))
-        moe.dispatch = dispatch = ExpertDispatch(axis, number, parts, moe.layer)
+        moe.dispatch = dispatch = ExpertDispatch(axis, number, parts, moe.layer, payload)
         if replicas:
             dispatch.place(order, device)
 

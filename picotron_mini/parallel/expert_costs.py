@@ -31,11 +31,12 @@ from dataclasses import dataclass
 
 from ..config import RunConfig
 from ..moe.placement import by_load, by_number, imbalance
-from .expert_traffic import ITEMSIZE, Rows, even_rows, even_step
+from .expert_traffic import ITEMSIZE, Rows, even_rows, even_step, row_bytes
 
 # Operators of a forward that do work, counted (a test counts them again): of a dense layer; of the head with the loss;
 # of a layer with experts, what each expert adds where a loop runs them, and what their exchange adds.
 DENSE, HEAD, MIXED, EACH, EXCHANGE = 47, 20, 73, 5, 37
+PACKED = {"same": 0, "bf16": 4, "fp8": 13}  # ... and what packing and unpacking add (`moe/payload.py`)
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
         made = max(made, rows.routed * width * w + 4 * one - experts)
     # of the layer's output, twice; where rows travel, their gradients as they leave and as they come
     passing = (2 * rows.tokens + (rows.sent + rows.received if mesh.ep > 1 else 0)) * width * w
+    if train.dispatch_payload != "same":  # and the messages that they are packed in
+        passing += (rows.sent + rows.received) * row_bytes(run)[0]
     return Mixture(int(experts), int(routing), int(passing + made))
 
 
@@ -139,4 +142,5 @@ def operators(run: RunConfig) -> int:
     moe = run.model.moe
     assert moe is not None
     held = moe.num_experts // run.mesh.ep + run.train.expert_replicas
-    return MIXED + EXCHANGE * (run.mesh.ep > 1) + EACH * (1 if grouped(run) else held)
+    exchange = (EXCHANGE + PACKED[run.train.dispatch_payload]) * (run.mesh.ep > 1)
+    return MIXED + exchange + EACH * (1 if grouped(run) else held)

@@ -60,6 +60,14 @@ def rows_of_step(logs: Sequence[Decided], mesh: MeshShape, moe: MoEConfig, m: in
     ]
 
 
+def row_bytes(run: RunConfig) -> tuple[int, int]:
+    """Bytes of a row, or of its gradient, on the way to experts and on the way back from them (`dispatch_payload`)."""
+    width, itemsize = run.model.hidden_size, ITEMSIZE[run.train.dtype]
+    narrow = width * min(itemsize, 2)
+    plain = width * itemsize
+    return {"same": (plain, plain), "bf16": (narrow, narrow), "fp8": (width + 4, narrow)}[run.train.dispatch_payload]
+
+
 def migration_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int], layer: int, after: Order) -> Traffic:
     """What a rank hands over when the experts of one layer are brought into a new order.
 

@@ -9,7 +9,8 @@ gradient element, N = dp (or zero_group); E/N stands for the rows that the rank 
     zero 2       w E         g (C + P)                    4 E/N               2 g E/N
     zero 3       w C         g (C + P)                    4 E/N               2 g E/N
 
-Experts that are spread over ep have their rows cut over edp in place of dp, which is then their N.
+Experts that are spread over ep have their rows cut over edp in place of dp, which is then their N; with zero_group over
+those of edp that are in one group.
 
 That is with masters=whole. Split ones (memory/masters.py) take 2 in place of 4; with masters=none there are none, and
 AdamW has w E twice (w E/N). Gradients and state are of trained parameters only, P of them. AdamW also has a step
@@ -65,7 +66,8 @@ def footprint(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> Footp
         spread = [name for name, place in trained.items() if any(shard.axis == "ep" for shard in place.shards)]
         experts = sum(columns[name] for name in spread) + len(spread)
         rest = sum(columns[name] for name in trained) + len(trained) - experts
-        whole_too = (train.zero_group or run.mesh.dp, run.mesh.edp) if train.zero == 1 else (0, 0)
+        whole_too = (train.zero_group or run.mesh.dp, run.mesh.edp_inside(train.zero_group))
+        whole_too = whole_too if train.zero == 1 else (0, 0)
         gradients = wide * (rest * (1 + whole_too[0]) + experts * (1 + whole_too[1]))
         weights = itemsize * (sum(columns.values()) if train.zero == 3 else whole)
     else:

@@ -110,7 +110,7 @@ def messages_of(
         ep_backward = (passes - 2) * ep_forward + trips / passes / parts + exposed(later, 2 * cover, machine.overlap)
     # data parallelism
     data = "dp" if mesh.cp == 1 else "dp_cp"
-    replicas, group = mesh.dp * mesh.cp, train.zero_group or mesh.dp
+    replicas, group, inside = mesh.dp * mesh.cp, train.zero_group or mesh.dp, mesh.edp_inside(train.zero_group)
     size = train.bucket_mb * 2**20
     gradients = weights = in_forward = in_backward = 0.0
     if train.reduce_group:
@@ -129,20 +129,21 @@ def messages_of(
         size = size if train.zero < 3 else traffic["dp", "reduce_scatter"] / (m * (len(layers) + 2))
         each = traffic["dp", "reduce_scatter"] / rounds
         reduce = time("dp", "reduce_scatter", size, group, each, group)
-        reduce += time("edp", "reduce_scatter", size, mesh.edp, traffic["edp", "reduce_scatter"] / rounds)
+        reduce += time("edp", "reduce_scatter", size, inside, traffic["edp", "reduce_scatter"] / rounds, group)
         waited = _tail(reduce, each / size, backward, machine)
         gathered, spread = traffic["dp", "all_gather"], traffic["edp", "all_gather"]
         if train.zero == 3:
             gather = time("dp", "all_gather", gathered / (2 * m * (len(layers) + 2)), group, gathered / (2 * m), group)
-            gather += time("edp", "all_gather", spread / (2 * m * max(1, mixed)), mesh.edp, spread / (2 * m))
+            gather += time("edp", "all_gather", spread / (2 * m * max(1, mixed)), inside, spread / (2 * m), group)
             in_forward = _tail(gather, len(layers) + 2, forward, machine)
             in_backward = waited + _tail(gather, len(layers) + 2, backward, machine)
         else:
             weights = time("dp", "all_gather", size / group, group, gathered, group)
-            weights += time("edp", "all_gather", size / mesh.edp, mesh.edp, spread)
+            weights += time("edp", "all_gather", size / inside, inside, spread, group)
             gradients, in_backward = (waited, 0.0) if train.zero == 1 else (0.0, waited)
         if group < mesh.dp:
             gradients += time("dp", "all_reduce", size, mesh.dp // group)
+            gradients += time("edp", "all_reduce", size, mesh.edp // inside)
         gradients += time("cp", "all_reduce", size, mesh.cp)
     for axis, ranks in (("ep", mesh.ep), (data, replicas)):  # gradients of copies of experts, a message a projection
         gradients += time(axis, "replicas", traffic[axis, "replicas"] / max(1, 3 * mixed), ranks)

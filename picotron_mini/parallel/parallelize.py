@@ -141,8 +141,8 @@ def layout_of(run: RunConfig) -> Layout:
         if mesh.ep > 1 and is_expert(name):
             held = shape[0] // mesh.ep + train.expert_replicas
             shards, sum_axes = (expert_shard(held * mesh.ep, mesh.ep), *shards), ("edp",)
-            if train.zero and mesh.edp > 1:
-                shards += (Shard("edp", 0, split(held, mesh.edp)),)
+            if train.zero and (inside := mesh.edp_inside(train.zero_group)) > 1:
+                shards += (Shard("edp", 0, split(held, inside) * (mesh.edp // inside)),)
             if train.expert_replicas:
                 order = by_number(shape[0], mesh.ep, train.expert_replicas)
         elif train.zero and mesh.dp > 1:
@@ -173,7 +173,8 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
-        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, train.expert_replicas, device)
+        replicas, payload = train.expert_replicas, train.dispatch_payload
+        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, replicas, device, payload)
         tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
@@ -271,8 +272,12 @@ def _sharded(
 ) -> ShardedGradients | SeveralSharded | ShardedWeights:
     """Cut over dp what `zero` says. Rows: of dim 0, that each dp rank owns."""
     axis, across = mesh.halves("dp", train.zero_group or mesh.shape.dp)
-    copies = [each for each in (across, mesh["cp"]) if each.size > 1]
-    others = _experts(parameters, mesh)
+    copies = {axis: [each for each in (across, mesh["cp"]) if each.size > 1]}
+    others = {}
+    if mesh.shape.ep > 1:
+        inside, apart = mesh.halves("edp", mesh.shape.edp_inside(train.zero_group))
+        copies[inside] = [apart] if apart.size > 1 else []
+        others = dict.fromkeys(_experts(parameters, mesh), inside)
     if train.zero == 3:
         (model,) = chunks
         units = [model.embed, *model.layers.values(), model.norm, head_with_loss(model)]
@@ -283,9 +288,7 @@ def _sharded(
     groups = by_axis(parameters.values(), lambda p: others.get(p, axis))
     sharded = [
         (
-            ShardedGradients(
-                alike(group), over, start=start, rows=rows, bucket_bytes=size, copies=copies if over == axis else ()
-            ),
+            ShardedGradients(alike(group), over, start=start, rows=rows, bucket_bytes=size, copies=copies[over]),
             group,
         )
         for over, group in groups.items()

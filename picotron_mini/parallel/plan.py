@@ -172,6 +172,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
                     chosen: dict[str, Any] = {
                         "micro_batch_size": size, "micro_batches": a_rank // size, "schedule": schedule,
                         "dispatch_parts": train.dispatch_parts if mesh.ep > 1 else 1,
+                        "dispatch_payload": train.dispatch_payload if mesh.ep > 1 else "same",
                         "place_every": train.place_every if mesh.ep > 1 else 0,
                         "expert_replicas": train.expert_replicas if mesh.ep > 1 else 0,
                         "virtual_stages": 2, "sequence_parallel": between, "zero": zero, "zero_group": 0,

@@ -43,8 +43,10 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
     tp      all_reduce    E D g a layer with experts            the router's gradient
     ep      all_to_all    S (D itemsize + 2 K w) + R D itemsize a layer with experts    rows S that a rank sends, R that
                           it receives in m micro-batches (`expert_traffic.py`); backward S D itemsize + R (the rest)
+                          with dispatch_payload, D itemsize becomes 2 D (bf16), or D + 4 with S and 2 D with R (fp8)
             counts        16 m ep parts a layer with experts          control traffic: how many rows will come
-    edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp
+    edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp;
+                          with zero as those of all else over dp, in groups of zero_group cp / ep
     ep      replicas      3 D I g (c - 1) for each of a rank's experts with c copies, a layer; I/tp with tp. With ZeRO
                           it is over dp (dp_cp), for those that the rank owns
 
@@ -65,7 +67,7 @@ from ..config import RunConfig
 from ..layout import Layout, Placement
 from .actions import route_of
 from .buckets import last_first
-from .expert_traffic import ITEMSIZE, Rows, Traffic, even_step, replica_bytes
+from .expert_traffic import ITEMSIZE, Rows, Traffic, even_step, replica_bytes, row_bytes
 
 # the first parameter of what is one tensor-parallel pair, and the last of its products
 ENTRIES = ("attention.q.weight", "mlp.gate.weight", "mlp.router.weight")
@@ -168,7 +170,7 @@ def _dispatch(run: RunConfig, names: list[str], trained: set[str], rows: Rows, f
     moe, train, out = run.model.moe, run.train, Counter[tuple[str, str]]()
     assert moe is not None
     choices = moe.top_k if moe.choice == "token" else moe.num_experts
-    row = run.model.hidden_size * ITEMSIZE[train.dtype]
+    there, home = row_bytes(run)
     beside = 2 * choices * max(ITEMSIZE[train.dtype], 4)  # the weights, and which experts they are for
     for layer in dict.fromkeys(name.split(".")[1] for name in names if name.startswith("layers.")):
         own = [name for name in trained if name.startswith(f"layers.{layer}.")]
@@ -182,8 +184,8 @@ def _dispatch(run: RunConfig, names: list[str], trained: set[str], rows: Rows, f
         if int(layer) in run.model.moe_layers:
             sent, received = rows[int(layer)]
             forwards = 1 + ((flows or bool(own)) and train.recompute != "none")
-            out["ep", "all_to_all"] += forwards * (sent * (row + beside) + received * row)
-            out["ep", "all_to_all"] += made * sent * row + flows * received * row + weighed * received * beside
+            out["ep", "all_to_all"] += forwards * (sent * (there + beside) + received * home)
+            out["ep", "all_to_all"] += made * sent * there + flows * received * home + weighed * received * beside
             out["ep", "counts"] += forwards * train.micro_batches * train.dispatch_parts * 16 * run.mesh.ep
         flows = flows or bool(own)
     return out
@@ -220,16 +222,16 @@ def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], i
     train, mesh, itemsize = run.train, run.mesh, ITEMSIZE[run.train.dtype]
     columns = {name: place.rows_size(index) for name, place in mine.items()}
     out: Traffic = Counter()
-    group = train.zero_group or mesh.dp
+    group, inside = train.zero_group or mesh.dp, mesh.edp_inside(train.zero_group)
     for axis, names in _by_axis(mine, trained).items():
         room = sum(columns[name] for name in names) + len(names)
-        size = group if axis == "dp" else mesh.edp
-        if size == 1:
-            continue
-        if axis == "dp" and group < mesh.dp:
-            out["dp", "all_reduce"] = max(itemsize, 4) * room  # over the groups
+        size, ranks = (group, mesh.dp) if axis == "dp" else (inside, mesh.edp)
+        if size < ranks:
+            out[axis, "all_reduce"] = max(itemsize, 4) * room  # over the groups
         if axis == "dp" and mesh.cp > 1:
             out["cp", "all_reduce"] = max(itemsize, 4) * room
+        if size == 1:
+            continue
         times = 1 if train.zero == 1 else train.micro_batches
         out[axis, "reduce_scatter"] = size * max(itemsize, 4) * room * times
         if train.zero < 3:
@@ -245,7 +247,7 @@ def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], i
     for unit in uses.values():
         flows = flows or not trained.isdisjoint(unit)
         for axis, names in _by_axis(mine, unit).items():
-            if axis == "dp" or mesh.edp > 1:
+            if axis == "dp" or inside > 1:
                 number = sum(columns[name] for name in names)
                 out[axis, "all_gather"] += train.micro_batches * itemsize * number * (1 + flows)
     return out

@@ -87,17 +87,17 @@ class ShardedWeights:
     Args:
         modules: in the order in which the forward uses them; between them they have all parameters.
         rows: as `rows.cut` has it.
-        copies: as `ShardedGradients` has it.
-        others: the axis of those parameters that are cut over another one, which need no `copies`.
+        copies: of each axis that parameters are cut over, as `ShardedGradients` has it.
+        others: the axis of those parameters that are cut over another one.
 
     A parameter's value is taken over from the module, unless it has no storage (see `empty`); then fill `own`.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None,
-        copies: Sequence[Axis] = (), others: Mapping[nn.Parameter, Axis] | None = None,
+        copies: Mapping[Axis, Sequence[Axis]] | None = None, others: Mapping[nn.Parameter, Axis] | None = None,
     ) -> None:  # fmt: skip
-        others = others or {}
+        others, copies = others or {}, copies or {}
         self._own: dict[nn.Parameter, Tensor] = {}
         self.units: list[_Unit] = [_Unit([])] * len(modules)  # by place; the same twice where modules share a parameter
         for parameters, places in _sharing(modules):
@@ -110,7 +110,7 @@ class ShardedWeights:
                 groups.setdefault(over, []).append([each.parameter for each in cuts])
         self.gradients = SeveralSharded(
             (
-                ShardedGradients(each, over, start="told", rows=rows, copies=copies if over == axis else ()),
+                ShardedGradients(each, over, start="told", rows=rows, copies=copies.get(over, ())),
                 [parameter for group in each for parameter in group],
             )
             for over, each in groups.items()

@@ -92,6 +92,26 @@ def test_every_element_counts_once(layout: str, zero: int) -> None:
         assert counted.eq(1).all(), name
 
 
+@pytest.mark.parametrize(
+    ("layout", "group", "owners"),
+    [("dp=4,ep=2", 2, 1), ("dp=8,ep=2", 4, 2), ("dp=4,cp=2,ep=2", 2, 2), ("dp=4,ep=4", 4, 1)],
+)
+@pytest.mark.parametrize("zero", [1, 3])
+def test_every_group_owns_every_row_of_experts_once(layout: str, group: int, owners: int, zero: int) -> None:
+    run = ready(layout, zero=zero, zero_group=group, seq_len=16)
+    whole_mesh, groups = run.mesh, run.mesh.dp // group
+    assert whole_mesh.edp_inside(group) == owners
+    for name, place in layout_of(run).items():
+        counted = torch.zeros(place.shape, dtype=torch.int64)
+        held = torch.zeros(groups, *place.shape, dtype=torch.int64)
+        for rank in range(whole_mesh.world_size):
+            index = coordinates(whole_mesh, rank)
+            counted[place.slices(index)] += place.counts(index)
+            held[(index["dp"] // group, *place.slices(index))] += 1
+        assert counted.eq(1).all(), f"{name}: the norm would be wrong"
+        assert held.eq(1 if ".experts." in name else whole_mesh.cp).all(), name
+
+
 def test_where_experts_live() -> None:
     places = layout_of(ready("dp=4,ep=2", zero=1))
     gate, router = places["layers.1.mlp.experts.gate"], places["layers.1.mlp.router.weight"]
@@ -119,7 +139,26 @@ def test_a_rank_keeps_a_share_of_the_experts() -> None:
         ("dp=4,ep=3", MOE, {}, "ep=3 does not divide dp*cp=4"),
         ("dp=6,ep=3", MOE, {}, "ep=3 does not divide num_experts=8; ep could be 1 or 2, or num_experts=6 or 9"),
         ("dp=2,ep=2", MODEL, {}, "ep=2 spreads experts, and this model has none"),
-        ("dp=4,ep=2", MOE, {"zero": 1, "zero_group": 2}, "zero_group=2 cuts dp in groups, and ep=2 cuts it anew"),
+        (
+            "dp=4,ep=4",
+            MOE,
+            {"zero": 1, "zero_group": 2},
+            "zero_group=2 ranks of a group are no multiple of the ep=4 that hold all experts between them; zero_group "
+            "could be 4",
+        ),
+        ("dp=4,cp=2,ep=8", MOE, {"zero": 1, "zero_group": 2, "seq_len": 16}, "zero_group*cp=4 ranks of a group are no"),
+        (
+            "dp=4,ep=2",
+            MOE,
+            {"zero": 1, "zero_group": 2, "place_every": 1},
+            "place_every=1 trades rows of experts between the ranks that own them, and with zero_group=2",
+        ),
+        (
+            "dp=4,ep=2",
+            MOE,
+            {"zero": 1, "zero_group": 2, "expert_replicas": 1},
+            "expert_replicas=1 trades rows of experts between the ranks that own them, and with zero_group=2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(
@@ -135,7 +174,15 @@ def test_describe_says_where_experts_are_and_when_tokens_travel() -> None:
     text = out.getvalue()
     assert re.search(r"experts\.gate +│ \[8, 16, 32\].*dim 0 over ep: 4\+4; dim 0 over edp: 2\+2 +│ edp", text), text
     assert re.search(r"ep +│ all_to_all +│ tokens to their experts and back", text)
+    assert "float8" not in text
     assert re.search(r"ep +│ counts", text) and re.search(r"edp +│ reduce_scatter +│ gradients of experts", text)
+
+
+def test_describe_says_in_what_form_tokens_travel() -> None:
+    out = io.StringIO()
+    Console(width=250, file=out).print(describe(ready("dp=4,ep=2", dispatch_payload="fp8")))
+    assert "tokens to their experts and back, forward and backward" in out.getvalue()
+    assert "; there in float8, back in bf16" in out.getvalue()
 
 
 def test_bytes_by_hand() -> None:
@@ -179,6 +226,19 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "zero 3, recomputed": ("dp=4,ep=2", {}, {"zero": 3, "recompute": "full"}),
     "zero 3, one copy of the experts": ("dp=2,ep=2", {}, {"zero": 3}),
     "zero 3, an expert for two owners": ("dp=4,ep=2", {"num_experts": 2, "top_k": 2}, {"zero": 3}),
+    "zero 1, groups with one copy of the experts": ("dp=4,ep=2", {}, {"zero": 1, "zero_group": 2}),
+    "zero 2, two owners in each of two groups": ("dp=8,ep=2", {}, {"zero": 2, "zero_group": 4}),
+    "zero 3, groups with one copy of the experts": ("dp=4,ep=2", {}, {"zero": 3, "zero_group": 2}),
+    "zero 3, two owners in each of two groups, context": (
+        "dp=4,cp=2,ep=2",
+        {},
+        {"zero": 3, "zero_group": 2, "seq_len": 16, "recompute": "full"},
+    ),
+    "zero 3, groups, an owner without experts": (
+        "dp=8,ep=2",
+        {"num_experts": 2, "top_k": 2},
+        {"zero": 3, "zero_group": 4},
+    ),
     "only the routers trained": ("dp=2,ep=2", {"dense_layers": 0}, {"freeze": all_but("router")}),
     "only the experts trained": ("dp=4,ep=2", {"dense_layers": 0}, {"freeze": all_but("experts")}),
     "experts frozen": ("dp=4,ep=2", {}, {"freeze": ("layers.1.mlp.experts",), "zero": 1}),
@@ -194,6 +254,21 @@ def test_parity(case: str) -> None:
     found = [f"{d.quantity}: {d.error:.2e} at {d.where}" for d in report.differences]
     assert report.ok, f"{report.layout}: first {report.first_divergence}; {found}; {report.bytes_problems}"
     assert report.bytes_counted["ep all_to_all"] > 0
+
+
+def groups_apart() -> None:
+    """A mutant: the gradients of experts are summed inside each group only."""
+    from picotron_mini.collectives import Done, all_reduce_async
+    from picotron_mini.parallel import zero
+
+    zero.all_reduce_async = lambda x, axis: Done() if axis.name == "edp" else all_reduce_async(x, axis)  # type: ignore[assignment]
+
+
+def test_groups_that_are_not_summed_are_noticed() -> None:
+    train = replace(TWO_STEPS, zero=1, zero_group=2)
+    report = verify("dp=4,ep=2", MOE, train, optimizers=["sgd"], patch=groups_apart)
+    assert max(d.error for d in report.differences if d.quantity == "gradients") > 1e-3
+    assert "experts" in str(report.first_divergence) and any("edp" in each for each in report.bytes_problems)
 
 
 @pytest.mark.slow
@@ -280,9 +355,12 @@ def gathered(run: RunConfig) -> dict[str, torch.Tensor]:
     return whole(parallelize(run, Mesh.build(run.mesh), torch.device("cpu")))
 
 
-@pytest.mark.parametrize(("layout", "zero"), [("dp=4,ep=2", 0), ("dp=4,ep=2", 3), ("dp=2,tp=2,ep=2", 1)])
-def test_weights_come_together_whole_and_start_as_on_one_device(ranks, layout: str, zero: int) -> None:
-    run = ready(layout, zero=zero)
+@pytest.mark.parametrize(
+    ("layout", "zero", "group"),
+    [("dp=4,ep=2", 0, 0), ("dp=4,ep=2", 3, 0), ("dp=2,tp=2,ep=2", 1, 0), ("dp=4,ep=2", 1, 2), ("dp=8,ep=2", 3, 4)],
+)
+def test_weights_come_together_whole_and_start_as_on_one_device(ranks, layout: str, zero: int, group: int) -> None:
+    run = ready(layout, zero=zero, zero_group=group)
     found = ranks(gathered, run, world_size=run.mesh.world_size)[0]
     for name, place in layout_of(run).items():
         assert torch.equal(found[name], initial_weight(run.model, name, place.shape, run.train.seed).double()), name

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from picotron_mini import calibrate as calibration
 from picotron_mini import planner
 from picotron_mini.calibrate import BOUNDS, MISSED, calibrate, fit, solve, with_bucket
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, UserError
@@ -452,13 +453,13 @@ def test_operators_of_layers_are_counted() -> None:
             self.number += not any(name in str(func) for name in views)
             return func(*args, **(kwargs or {}))
 
-    def count(model: ModelConfig, away: bool = False) -> int:
+    def count(model: ModelConfig, payload: str = "") -> int:
         whole = replace(model, num_layers=1, head_dim=16)
         part = GPT(whole, embed=False, head=False)
         init_weights(part, 0)
-        if away:
+        if payload:
             (moe,) = mixtures(part)
-            moe.dispatch = ExpertDispatch(Axis("ep", 1, 0, (0,)), EXPERTS.num_experts)
+            moe.dispatch = ExpertDispatch(Axis("ep", 1, 0, (0,)), EXPERTS.num_experts, payload=payload)
         x = torch.randn(2, 16, whole.hidden_size, requires_grad=True)
         with Count() as counted:
             part(x)
@@ -472,8 +473,9 @@ def test_operators_of_layers_are_counted() -> None:
     assert counted.number - 1 == expert_costs.HEAD  # one of them makes the targets
     assert count(MODEL) == expert_costs.DENSE
     assert count(replace(MODEL, moe=EXPERTS)) == expert_costs.operators(mixed("dp=2"))
-    away = count(replace(MODEL, moe=EXPERTS), away=True)  # all experts are here, so only the exchange is more
-    assert away == expert_costs.operators(mixed("dp=2")) + expert_costs.EXCHANGE
+    for payload, more in expert_costs.PACKED.items():
+        away = count(replace(MODEL, moe=EXPERTS), payload)  # all experts are here, so only the exchange is more
+        assert away == expert_costs.operators(mixed("dp=2")) + expert_costs.EXCHANGE + more
 
 
 def test_what_a_mixture_computes() -> None:
@@ -525,6 +527,33 @@ def test_every_spread_of_experts_is_considered() -> None:
         assert found.skew == pytest.approx(1.0 + (found.run.mesh.ep - 1) / 10)
     columns = [str(column.header) for column in table(result, rows=99).columns]
     assert columns[:3] == ["layout", "ep", "skew"]
+
+
+def test_what_experts_on_several_ranks_have_is_left_out_on_one() -> None:
+    train = replace(TRAIN, dispatch_parts=2, dispatch_payload="fp8", place_every=5)
+    ranked = plan(RunConfig(model=replace(MODEL, moe=EXPERTS), train=train), 4, H100).ranked
+    for ep, has in ((1, (1, "same", 0)), (2, (2, "fp8", 5)), (4, (2, "fp8", 5))):
+        trains = [found.run.train for found in ranked if found.run.mesh.ep == ep]
+        assert {(each.dispatch_parts, each.dispatch_payload, each.place_every) for each in trains} == {has}
+
+
+def test_a_machine_is_measured_without_what_several_ranks_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank would refuse all of it."""
+    asked: list[TrainConfig] = []
+
+    def measured(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
+        asked.append(run.train)
+        return H100
+
+    monkeypatch.setattr(planner, "calibrated", measured)
+    monkeypatch.setattr(calibration, "calibrated", measured)
+    train = replace(TRAIN, dispatch_parts=2, dispatch_payload="fp8", place_every=5)
+    run = RunConfig(layout="dp=2,ep=2", model=replace(MODEL, moe=EXPERTS), train=train)
+    planner.choose_machine(run, planner.Wish(), 2)
+    with_bucket(replace(run, train=replace(train, bucket_mb=0)), gpus=0)
+    grouped = replace(train, place_every=0, zero=1, zero_group=2)
+    planner.choose_machine(replace(run, layout="dp=4,ep=2", train=grouped), planner.Wish(), 2)
+    assert len(asked) == 3 and {(each.dispatch_payload, each.dispatch_parts) for each in asked} == {("same", 1)}
 
 
 def test_masters_cost_their_update() -> None:
