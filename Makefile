@@ -24,7 +24,9 @@ train: $(VENV)/core ## train a language model: all the GPUs there are, else 4 CP
 test: $(VENV)/all lint ## check everything that this repository claims
 	$(BIN)/python -m pytest lessons --nbval --nbval-current-env --nbval-cell-timeout=120 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg
-	$(BIN)/python -m pytest tests --cov --cov-report=term
+	$(BIN)/python -m pytest tests -m slow --ignore tests/course
+	$(BIN)/python -m pytest tests/course -m slow --cov --cov-report=
+	$(BIN)/python -m pytest tests -m "not slow" --cov --cov-append --cov-report=term
 
 quick: $(VENV)/all lint ## the checks of a few minutes
 	$(BIN)/python -m pytest tests -m "not slow"

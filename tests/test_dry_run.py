@@ -21,6 +21,8 @@ from picotron_mini.legality import resolve
 from picotron_mini.mesh import GROUPS
 from picotron_mini.verify import MODEL, TRAIN, verify
 
+pytestmark = pytest.mark.slow  # each case is computed twice, for real too
+
 LARGE = ModelConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32, num_kv_heads=8,
     tie_embeddings=False,

@@ -23,6 +23,8 @@ from picotron_mini.model.gpt import attend
 from picotron_mini.parallel.context import ring_attention
 from picotron_mini.parallel.ulysses import ulysses_attention
 
+pytestmark = pytest.mark.slow  # each check starts ranks
+
 Ranks = Callable[..., list[Any]]
 
 

@@ -12,6 +12,8 @@ from picotron_mini.config import UserError
 from picotron_mini.course import exercises as module
 from picotron_mini.course.exercises import Exercise, Mistake, NotAttempted, check, exercise, exercises, is_empty, judge
 
+pytestmark = pytest.mark.slow  # each check starts ranks
+
 ALL = exercises()
 MISTAKES = [(item, mistake) for item in ALL.values() for mistake in item.mistakes]
 

@@ -23,6 +23,8 @@ from picotron_mini.model.moe import Experts
 from picotron_mini.model.routing import keep
 from picotron_mini.moe.dispatch import ExpertDispatch
 
+pytestmark = pytest.mark.slow  # each check starts ranks
+
 MOE = MoEConfig(num_experts=8, top_k=1, expert_size=64, dense_layers=1, normalize=False, balance="none")
 
 

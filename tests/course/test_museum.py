@@ -24,6 +24,8 @@ from picotron_mini.parallel.data import GradientBuckets
 from picotron_mini.parity import Report
 from picotron_mini.verify import verify
 
+pytestmark = pytest.mark.slow  # each exhibit starts ranks
+
 ALL = exhibits()
 KILLED = [(item, layout) for item in ALL.values() for layout in item.killed_on]
 SURVIVES = [(item, layout) for item in ALL.values() for layout in item.survives_on]
@@ -39,7 +41,6 @@ def sound(check: Test | None, layout: str, model: ModelConfig, train: TrainConfi
     return ask(check, layout) if check else verify(layout, model, train, optimizers=SGD)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("item", "layout"), KILLED, ids=[f"{item.id}-{layout}" for item, layout in KILLED])
 def test_exhibit_is_killed(item: Exhibit, layout: str) -> None:
     if item.crashes and item.check is None:
@@ -56,7 +57,6 @@ def test_exhibit_is_killed(item: Exhibit, layout: str) -> None:
     assert found.ok, found.first_divergence
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("item", "layout"), SURVIVES, ids=[f"{item.id}-{layout}" for item, layout in SURVIVES])
 def test_exhibit_is_invisible_elsewhere(item: Exhibit, layout: str) -> None:
     report = judged(item, layout)

@@ -144,6 +144,7 @@ def in_order(one_group: bool, m: int) -> float:
     return weight.grad.sum().item()
 
 
+@pytest.mark.slow
 def test_two_groups_finish_where_one_waits_for_ever(ranks) -> None:
     assert ranks(in_order, False, 4, world_size=2) == [40.0, 40.0]
     assert ranks(in_order, True, 2, world_size=2) == [12.0, 12.0]  # too few micro-batches to meet on the way

@@ -24,6 +24,8 @@ from picotron_mini.training.optimizer import make_optimizer
 from picotron_mini.training.step import apply_gradients, compute_gradients
 from picotron_mini.verify import EXPERTS, MODEL, TRAIN, _select, make_batches, verify
 
+pytestmark = pytest.mark.slow  # each case trains on several ranks
+
 MOE = replace(MODEL, num_layers=2, moe=EXPERTS)
 
 
@@ -161,7 +163,6 @@ def test_the_bytes_by_hand() -> None:
     assert sent == {("ep", "all_to_all"): 2 * 3 * (16 * 32) * 8 * 3}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "train"),
     [
@@ -197,7 +198,6 @@ def forget_to_redirect() -> None:
     migrate.place_experts = wrong
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("patch", [forget_the_moments, forget_to_redirect])
 def test_half_a_move_is_noticed(patch) -> None:  # type: ignore[no-untyped-def]
     report = verify("dp=2,ep=2", MOE, replace(TRAIN, place_every=1), patch=patch, optimizers=["adamw"])

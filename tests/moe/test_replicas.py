@@ -32,6 +32,8 @@ from picotron_mini.training.optimizer import make_optimizer
 from picotron_mini.training.step import apply_gradients, compute_gradients
 from picotron_mini.verify import EXPERTS, MODEL, TRAIN, _select, make_batches, verify
 
+pytestmark = pytest.mark.slow  # each case trains on several ranks
+
 LOAD = [40.0, 30, 10, 5, 5, 5, 3, 2]
 MOE = replace(MODEL, num_layers=2, moe=EXPERTS)
 
@@ -315,7 +317,6 @@ def test_the_bytes_by_hand() -> None:
     assert three[0] == {0: 0, 1: 0, 2: 0} and three[3] == {1: 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "train"),
     [
@@ -365,7 +366,6 @@ def count_them_here_and_elsewhere() -> None:
     replicas._sum = wrong
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch", "where"),
     [(forget_the_sum, "experts"), (count_copies, "step 0"), (count_them_here_and_elsewhere, "experts")],

@@ -25,6 +25,8 @@ from picotron_mini.parallel.describe import WHEN, _when
 from picotron_mini.parallel.hierarchical import Hierarchical
 from picotron_mini.verify import EXPERTS, MODEL, TRAIN, verify, verify_together
 
+pytestmark = pytest.mark.slow  # each case trains on several ranks
+
 Ranks = Callable[..., list[Any]]
 UNTIED = replace(MODEL, tie_embeddings=False, vocab_size=97, hidden_size=20)
 TIED, FEWER = replace(MODEL, num_layers=5), replace(UNTIED, num_layers=3)
@@ -195,7 +197,6 @@ EIGHT = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("runs", [FOUR, EIGHT], ids=["4 ranks", "8 ranks"])
 def test_it_equals_one_device(runs: list[RunConfig]) -> None:
     for run, report in zip(runs, verify_together([optimizers_of(run) for run in runs]), strict=True):
@@ -240,7 +241,6 @@ def padding_kept() -> None:
     hierarchical._Sum.__init__ = init  # type: ignore[method-assign]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mutant", "bytes_differ"), [(hosts_apart, True), (gathered_from_the_others, False), (padding_kept, False)]
 )

@@ -279,6 +279,7 @@ def test_the_list_is_ranked_legal_and_at_the_same_work() -> None:
     assert all(found.run.train.recompute == "none" for found in result.ranked)  # nothing forces it
 
 
+@pytest.mark.slow
 def test_memory_is_saved_only_where_it_must_be() -> None:
     bench = preset("bench")
     run = replace(bench, train=replace(bench.train, batch_size=64, micro_batch_size=0, micro_batches=0))
@@ -326,6 +327,7 @@ def test_no_layer_talks_across_hosts() -> None:
     assert max(found.run.mesh.tp * found.run.mesh.cp for found in result.ranked) == 2
 
 
+@pytest.mark.slow
 def test_a_thousand_ranks_are_planned_in_seconds() -> None:
     model = ModelConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32, num_kv_heads=8,

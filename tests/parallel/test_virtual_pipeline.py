@@ -33,6 +33,8 @@ from picotron_mini.parallel.traffic import predict_step
 from picotron_mini.training.step import evaluate
 from picotron_mini.verify import MODEL, TRAIN, make_batches, verify
 
+pytestmark = pytest.mark.slow  # waits for what would wait for ever
+
 CPU = torch.device("cpu")
 
 
@@ -270,13 +272,11 @@ def test_parity(layout: str, schedule: str, train: dict[str, Any]) -> None:
     expect_equal(layout, schedule, train, {}, ("sgd", "adamw"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "schedule", "train", "model"), SLOW)
 def test_parity_with_all_else(layout: str, schedule: str, train: dict[str, Any], model: dict[str, Any]) -> None:
     expect_equal(layout, schedule, train, model, ("sgd",))
 
 
-@pytest.mark.slow
 def test_narrow_dtypes() -> None:
     for schedule in ("zb-v", "interleaved"):
         train = replace(TRAIN, steps=2, dtype="bfloat16", micro_batches=2, schedule=schedule)  # type: ignore[arg-type]
@@ -284,7 +284,6 @@ def test_narrow_dtypes() -> None:
         assert report.ok and report.max_rel_err > 1e-9, report.to_dict()
 
 
-@pytest.mark.slow
 def test_train_and_bench(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n\n\n" * 400)
     sizes = "--hidden-size 32 --num-heads 4 --num-kv-heads 2 --num-layers 5 --intermediate-size 64 --seq-len 16"

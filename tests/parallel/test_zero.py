@@ -610,6 +610,7 @@ def test_same_as_torchs_own_fully_shard(ranks: Ranks) -> None:
 # --- memory -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "group"), [("dp=2,tp=2", 0), ("dp=4", 2)])
 def test_a_rank_keeps_what_was_predicted(ranks: Ranks, layout: str, group: int) -> None:
     runs = [
