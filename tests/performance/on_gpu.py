@@ -1,46 +1,94 @@
-"""What is claimed about GPUs, run in one go: `python tests/performance/on_gpu.py [--quick]`.
+"""What is claimed about GPUs, row by row: `python tests/performance/on_gpu.py [--list] [--only TEXT ...] [--limit S]`.
 
 Prints a table and, as its last line, one JSON object with everything measured. Uses all the GPUs there are; with one,
-only the one-GPU rows run. Needs nothing but the package.
+only the rows of one GPU run. Needs nothing but the package. `--list` names the rows, `--only` runs those that have one
+of the texts in their name, as `--only "verify tp" "bench cp"`, and `--limit` begins no row after so many seconds. A row
+that fails says why, and the others go on.
 """
 
+import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import torch
 
 from picotron_mini.bench import bench
+from picotron_mini.config import UserError
 from picotron_mini.launch import RankError
 from picotron_mini.presets import preset
 from picotron_mini.verify import MODEL, TRAIN, verify
 
+Row = tuple[str, str, dict[str, object]]  # "verify" or "bench", the layout, settings
+SAVING = {"recompute": "full", "loss_chunks": 8}
+
+
+def on_one() -> list[Row]:
+    """Rows of one GPU: speed by micro-batch, and what saves memory at which speed."""
+    rows: list[Row] = [("bench", "dp=1", {"micro_batch_size": size, "micro_batches": 16 // size}) for size in (4, 8)]
+    rows.append(("bench", "dp=1", {"micro_batch_size": 6, "micro_batches": 3}))
+    few = {"micro_batch_size": 4, "micro_batches": 4}
+    rows += [("bench", "dp=1", few | more) for more in ({"loss_chunks": 8}, {"recompute": "full"}, SAVING)]
+    for masters in ("split", "none"):
+        rows += [("bench", "dp=1", {**few, **more, "masters": masters}) for more in ({}, SAVING)]
+    rows.append(("bench", "dp=1", {"micro_batch_size": 16, "micro_batches": 1} | SAVING))
+    experts = {"experts": True, "micro_batch_size": 2, "micro_batches": 4}
+    return [*rows, ("bench", "dp=1", experts)]
+
+
+def on_several(gpus: int) -> list[Row]:
+    """Rows of all GPUs. A zero-bubble schedule does not compile."""
+    dp, tp, pp, cp, ep = (f"{axis}={gpus}" for axis in ("dp", "tp", "pp", "cp", "ep"))
+    four = {"micro_batch_size": 4, "micro_batches": 4}
+    experts = {"experts": True, "micro_batch_size": 2, "micro_batches": 4}
+    techniques: list[tuple[str, dict[str, object]]] = [
+        (dp, four),
+        *((dp, {**four, "zero": zero}) for zero in (1, 2, 3)),
+        (dp, {**four, "bucket_mb": 1e6}),  # one bucket: nothing is summed beside backward
+        *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 8)),
+        *((dp, {**four, "reduce_group": max(gpus // 2, 2)}) for _ in range(gpus % 2 == 0)),  # as if on two hosts
+        (tp, four),
+        *((tp, {**four, "sequence_parallel": True, "tensor_overlap": parts}) for parts in (1, 2, 4)),
+        *((pp, {**four, "micro_batches": 8, "schedule": kind}) for kind in ("1f1b", "interleaved")),
+        *((pp, {**four, "micro_batches": 8, "schedule": kind, "compile": False}) for kind in ("zb-h1", "zb-v")),
+        *((cp, {"micro_batch_size": 1, "micro_batches": 4, "seq_len": 4096, "context": kind})
+          for kind in ("ring", "ulysses")),
+        (cp, {"micro_batch_size": 1, "micro_batches": 1, "seq_len": 32768, "recompute": "full"}),
+        (f"{dp},{ep}", experts),
+        (f"{dp},{ep}", experts | {"micro_batch_size": 4, "micro_batches": 2, "masters": "split"}),
+        (f"{dp},{ep}", experts | {"dispatch_parts": 2}),
+        (f"{dp},{ep}", experts | {"dispatch_payload": "fp8"}),
+        (f"{dp},{ep}", experts | {"place_every": 2, "expert_replicas": 1}),
+    ]  # fmt: skip
+    out: list[Row] = []
+    for layout, settings in techniques:
+        small = {name: value for name, value in settings.items() if name not in ("seq_len", "experts", "bucket_mb")}
+        small |= {"micro_batch_size": 1, "micro_batches": 2 * gpus, "compile": settings.get("compile", True)}
+        same = "dispatch_payload" in small or "bucket_mb" in settings  # lossy, or verified by another row
+        for dtype in ("float32", "bfloat16"):
+            if not same and (dtype == "bfloat16" or "masters" not in small):
+                out.append(("verify", layout, {"dtype": dtype, **small}))
+        out.append(("bench", layout, settings))
+    return out
+
 
 def verified(layout: str, **train: object) -> dict[str, object]:
     report = verify(layout, MODEL, replace(TRAIN, device="cuda", **train), gpus=torch.cuda.device_count())
-    result = {"what": "verify", "layout": layout, **train, **report.to_dict()}
-    print(f"verify {layout} {train}: ok={report.ok} max_rel_err={report.max_rel_err:.1e}", flush=True)
+    print(f"    ok={report.ok} max_rel_err={report.max_rel_err:.1e}", flush=True)
     for d in report.differences:
         print(f"    {d.quantity}: {d.error:.2e}, allowed {d.tolerance:.2e} ({d.where})", flush=True)
-    return result
+    return report.to_dict()
 
 
-def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: object) -> dict[str, object]:
-    """One row: a layout's speed, and what a profile of one more step says of its communication."""
-    run = preset("bench")
-    sizes = {"micro_batch_size": micro_batch_size, "micro_batches": micro_batches}
-    run = replace(run, layout=layout, train=replace(run.train, **sizes, **train))
-    what = f"bench {layout} {micro_batch_size} x {micro_batches} {train}"
-    try:
-        result = {"what": "bench", **bench(run, profile=True)}
-    except RankError as error:
-        if "OutOfMemoryError" not in str(error):
-            raise
-        print(f"{what}: out of memory", flush=True)
-        return {"what": "bench", "layout": layout, **sizes, **train, "out_of_memory": True}
+def measured(layout: str, experts: bool = False, **train: object) -> dict[str, object]:
+    """A layout's speed, and what a profile of one more step says of its communication."""
+    run = preset("bench-moe" if experts else "bench")
+    run = replace(run, layout=layout, train=replace(run.train, **train))
+    result = bench(run, profile=True)
     print(
-        f"{what}: {result['tokens_per_second_per_rank']:,.0f} tokens/s per GPU, "
+        f"    {result['tokens_per_second_per_rank']:,.0f} tokens/s per GPU, "
         f"MFU {100 * (result['mfu'] or 0):.1f} %, "
         f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB, "
         f"8192^3 product {result['matmul_tflops']:.0f} TFLOP/s",
@@ -48,62 +96,47 @@ def measured(layout: str, micro_batch_size: int, micro_batches: int, **train: ob
     )
     seen = result["exposed"]
     parts = ", ".join(f"{part} {1000 * seen[part]:.0f}" for part in ("compute", "communication", "exposed", "idle"))
-    print(f"    ms of a step of {1000 * seen['step']:.0f}: {parts}", flush=True)
+    print(f"    ms of a step of {1000 * seen['step']:.0f} under the profiler: {parts}", flush=True)
     for name, seconds in seen["kernels"]:
         print(f"    {1000 * seconds:8.1f} ms {name[:110]}", flush=True)
     return result
 
 
-def several(gpus: int) -> list[tuple[str, int, int, dict[str, object]]]:
-    """Layouts over all GPUs: micro-batch size, their number, settings. A zero-bubble schedule does not compile."""
-    dp, tp, pp, cp = (f"{axis}={gpus}" for axis in ("dp", "tp", "pp", "cp"))
-    sequence = {"sequence_parallel": True}
-    return [
-        *((dp, 4, 4, {"zero": zero}) for zero in (1, 2, 3)),
-        *((dp, 4, 4, {"zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 8)),
-        *((dp, 4, 4, {"reduce_group": max(gpus // 2, 2)}) for _ in range(gpus % 2 == 0)),  # as if on two hosts
-        *((tp, 4, 4, {**sequence, "tensor_overlap": parts}) for parts in (1, 2, 4)),
-        (pp, 4, 8, {}),
-        (pp, 4, 8, {"schedule": "interleaved"}),
-        (pp, 4, 8, {"schedule": "zb-h1", "compile": False}),
-        (pp, 4, 8, {"schedule": "zb-v", "compile": False}),
-        *((cp, 1, 4, {"seq_len": 4096, "context": context}) for context in ("ring", "ulysses")),
-        (cp, 1, 1, {"seq_len": 32768, "recompute": "full"}),
-    ]
-
-
 def main() -> None:
-    gpus, quick = torch.cuda.device_count(), "--quick" in sys.argv
-    if not gpus:
-        sys.exit("no GPU is visible to torch; this script measures GPUs")
-    print(f"torch {torch.__version__}, {gpus} x {torch.cuda.get_device_name()}")
-    print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout, flush=True)
-    layouts = ["dp=1"] + ([f"dp={gpus}", f"tp={gpus}", f"pp={gpus}"] if gpus > 1 else [])
-    results = []
-    for layout in layouts:
-        results.append(verified(layout, dtype="float64"))
-        results.append(verified(layout, dtype="float32", compile=True))
-        results.append(verified(layout, dtype="bfloat16", compile=True))
-        results.append(verified(layout, dtype="bfloat16", compile=True, recompute="full", loss_chunks=3))
-        for masters in ("split", "none"):
-            results.append(verified(layout, dtype="bfloat16", compile=True, masters=masters))
-    sizes = [(4, 4)] if quick else [(4, 4), (6, 3), (8, 2)]
-    for micro_batch_size, micro_batches in sizes:
-        for layout in layouts:
-            results.append(measured(layout, micro_batch_size, micro_batches))
-    for layout, micro_batch_size, micro_batches, settings in several(gpus) if gpus > 1 else []:
-        small = {name: value for name, value in settings.items() if name not in ("seq_len", "compile")}
-        dtype = "bfloat16" if "masters" in small else "float32"
-        results.append(verified(layout, dtype=dtype, micro_batches=2 * gpus, **small))
-        results.append(measured(layout, micro_batch_size, micro_batches, **settings))
-    both = {"recompute": "full", "loss_chunks": 8}
-    memory = [(4, 4, {"loss_chunks": 8}), (4, 4, {"recompute": "full"}), (4, 4, both)]
-    memory += [(4, 4, {**more, "masters": masters}) for masters in ("split", "none") for more in ({}, both)]
-    if not quick:
-        memory += [(8, 2, {"loss_chunks": 8}), (16, 1, both)]
-    for micro_batch_size, micro_batches, saving in memory:
-        results.append(measured("dp=1", micro_batch_size, micro_batches, **saving))
-    print(json.dumps(results))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="name the rows and run none")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT")
+    parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS")
+    args = parser.parse_args()
+    gpus, began, results, failed = torch.cuda.device_count(), time.monotonic(), [], 0
+    if not gpus and not args.list:
+        sys.exit("no GPU is visible to torch; this script measures GPUs (--list names the rows)")
+    rows = [*on_one(), *(on_several(gpus or 2) if gpus != 1 else [])]
+    if not args.list:
+        print(f"torch {torch.__version__}, {gpus} x {torch.cuda.get_device_name()}")
+        print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout, flush=True)
+    for what, layout, settings in rows:
+        name = f"{what} {layout} " + " ".join(f"{key}={value}" for key, value in settings.items())
+        if not any(text in name for text in args.only):
+            continue
+        print(name, flush=True)
+        if args.list:
+            continue
+        if time.monotonic() - began > args.limit:
+            print("    left out: there was no time for it", flush=True)
+            continue
+        try:
+            result = (verified if what == "verify" else measured)(layout, **settings)
+        except (RankError, UserError) as error:
+            memory = "OutOfMemoryError" in str(error)
+            failed += not memory
+            print("    out of memory" if memory else f"    FAILED: {error}", flush=True)
+            result = {"out_of_memory": True} if memory else {"error": str(error)}
+        results.append({"what": what, "layout": layout, **settings, **result})
+    if not args.list:
+        print(json.dumps(results))
+    if failed:
+        sys.exit(f"{failed} row(s) failed")
 
 
 if __name__ == "__main__":
