@@ -102,7 +102,9 @@ def dry_run(run: RunConfig, rank: int) -> DryRun:
             optimizer = make_optimizer(parallel.trained, run.train)
             for moe in (each for chunk in parallel.chunks for each in mixtures(chunk)):
                 if isinstance(moe.dispatch, ExpertDispatch):
-                    moe.dispatch.expected = partial(even_rows, moe.config, run.mesh.ep)
+                    moe.dispatch.expected = partial(
+                        even_rows, moe.config, run.mesh.ep, replicas=run.train.expert_replicas
+                    )
             batches = [_batch(run) for _ in range(run.train.micro_batches)]
             with ledger.recording() as counted:
                 update(parallel, optimizer, compute_gradients(parallel, batches)[0])

@@ -44,8 +44,9 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
     """What keeps experts from being spread over ep ranks, in words; empty when nothing does."""
     if mesh.ep == 1:
         off = {"dispatch_parts": 1, "dispatch_payload": "same", "place_every": 0, "expert_replicas": 0}
+        or_ep = ", or ep=2" if model.moe else ""
         return [
-            f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={value}, or ep=2"
+            f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={value}{or_ep}"
             for name, value in off.items()
             if getattr(train, name) != value
         ]
@@ -64,10 +65,11 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
             f"ep={mesh.ep} does not divide num_experts={number}; ep could be {nearest(mesh.ep, fits)}, or "
             f"num_experts={nearest(number, [number - number % mesh.ep or mesh.ep, number + -number % mesh.ep])}"
         )
-    elif train.expert_replicas > (most := number - number // mesh.ep):
+    elif not 0 <= train.expert_replicas <= number - number // mesh.ep:
+        here = number // mesh.ep
         found.append(
-            f"expert_replicas={train.expert_replicas} gives a rank more than the {number} experts, and none is there "
-            f"twice; use expert_replicas<={most}"
+            f"expert_replicas={train.expert_replicas} must be 0 to {number - here}: a rank has {here} of the {number} "
+            "experts, and none twice"
         )
     if train.dispatch_payload == "bf16" and train.dtype == "bfloat16":
         found.append(
@@ -75,7 +77,7 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
             "use dispatch_payload=fp8 or same"
         )
     group = train.zero_group * mesh.cp
-    if group and not ranks % mesh.ep and group % mesh.ep:
+    if group and not ranks % mesh.ep and mesh.dp % train.zero_group == 0 and group % mesh.ep:
         fits = [d for d in divisors(mesh.dp) if not d * mesh.cp % mesh.ep]
         why = f"zero_group={train.zero_group}" if mesh.cp == 1 else f"zero_group*cp={group}"
         found.append(
@@ -83,7 +85,7 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
             f"zero_group could be {nearest(train.zero_group, fits)}"
         )
     for name in ("place_every", "expert_replicas"):
-        if train.zero_group and getattr(train, name):
+        if 0 < train.zero_group < mesh.dp and getattr(train, name):
             found.append(
                 f"{name}={getattr(train, name)} trades rows of experts between the ranks that own them, and with "
                 f"zero_group={train.zero_group} every group has owners of its own; use zero_group=0 or {name}=0"
@@ -179,7 +181,7 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     for name, least in (
         ("tensor_overlap", 1),
         ("steps", 1), ("seq_len", 2), ("eval_batches", 1), ("warmup_steps", 0), ("eval_every", 0), ("loss_chunks", 1),
-        ("dispatch_parts", 1), ("place_every", 0), ("expert_replicas", 0),
+        ("dispatch_parts", 1), ("place_every", 0),
     ):  # fmt: skip
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")
@@ -226,7 +228,7 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     if train.zero_group and not train.zero:
         found.append(f"zero_group={train.zero_group} says how zero cuts, and zero=0 does not; use zero=1, 2 or 3")
     elif train.zero_group and (train.zero_group < 2 or mesh.dp % train.zero_group):
-        groups = [d for d in divisors(mesh.dp) if d > 1]
+        groups = [d for d in divisors(mesh.dp) if d > 1 and d * mesh.cp % mesh.ep == 0]
         near = f"zero_group could be {nearest(train.zero_group, groups)}" if groups else "leave it out"
         found.append(f"zero_group={train.zero_group} does not cut dp={mesh.dp} into groups of 2 or more; {near}")
     return found

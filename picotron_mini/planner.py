@@ -32,10 +32,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .calibrate import MISSED, calibrated
-from .config import ConfigError, RunConfig, UserError
+from .config import ConfigError, MeshShape, RunConfig, UserError, divisors
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
-from .legality import resolve
+from .legality import expert_problems, resolve
 from .monitoring.metrics import read_metrics
 from .monitoring.units import bytes_text
 from .parallel.expert_costs import skew_of_loads
@@ -56,7 +56,9 @@ class Wish:
     link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
     host_link_gb_s: float = 0.0  # ... between hosts, for each rank
     ranks_per_host: int = 0  # 0: the machine's
-    skew: str = "1"  # load of the busiest rank with experts over the even one, or a run's folder, which has measured it
+    skew: str = (
+        "1"  # load of the busiest rank with experts over the even one, after placement; or a run that has measured it
+    )
     dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 
@@ -120,6 +122,7 @@ def answer(run: RunConfig, wish: Wish, width: int = 120) -> Answer:
         found = predict(resolve(run, gpus=ranks), machine, skew=skew(run.mesh.ep))
         data = {**about, "considered": 1, "refused": 0, "fits": found.fits, "layouts": [to_dict(found)]}
         return Answer(_one(found, machine), data, found.fits)
+    refuse_everywhere(run, ranks)
     result = plan(run, ranks, machine, skew)
     shown = result.ranked or ((result.smallest,) if result.smallest else ())
     data = {
@@ -127,6 +130,21 @@ def answer(run: RunConfig, wish: Wish, width: int = 120) -> Answer:
         "layouts": [to_dict(found) for found in shown],
     }  # fmt: skip
     return Answer(table(result, width=width), data, bool(result.ranked))
+
+
+def refuse_everywhere(run: RunConfig, ranks: int) -> None:
+    """Before a search: settings that would only make layouts with ep illegal, or that no search varies.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if run.train.zero_group:
+        raise ConfigError(f"zero_group={run.train.zero_group} is not searched: name a layout, or leave it out")
+    moe = run.model.moe
+    ep = max(d for d in divisors(moe.num_experts if moe else 1) if ranks % d == 0)  # admits the most copies
+    problems = expert_problems(run.model, MeshShape(dp=ep, ep=ep), run.train)
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def skew_wanted(run: RunConfig, text: str) -> Callable[[int], float]:

@@ -177,7 +177,7 @@ def _on_rank(ready: ReadyRun) -> dict[str, Any]:
                 recorder.step(done, result, lr, time.monotonic() - before, sent, rows)
             if result.stop:
                 break
-            for each in placer.after(done, result.routing):
+            for each in placer.after(done, result.routing) if done < train.steps else ():
                 if recorder:
                     recorder.moved(done, each)
             if train.eval_every and done % train.eval_every == 0 and done < train.steps:

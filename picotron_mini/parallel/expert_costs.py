@@ -76,7 +76,7 @@ def flow(run: RunConfig, skew: float = 1.0) -> Flow:
     columns = moe.top_k if moe.choice == "token" else moe.num_experts
     filled = moe.capacity or 1.0 if moe.choice == "expert" else 1.0
     most = 1.0 if ep == 1 or moe.choice == "expert" else min(skew, ep, moe.capacity or ep)
-    sent = even_rows(moe, ep, tokens) if ep > 1 else tokens
+    sent = even_rows(moe, ep, tokens, run.train.expert_replicas) if ep > 1 else tokens
     received = min(most * sent, ep * tokens)
     return Flow(tokens, sent, received, most * filled * tokens * moe.top_k, columns)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import comb
+from math import comb, lcm
 
 from ..config import MeshShape, MoEConfig, RunConfig
 from ..layout import Layout, Placement
@@ -123,13 +123,23 @@ def replica_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> T
     return +out
 
 
-def even_rows(moe: MoEConfig, ep: int, tokens: int) -> int:
+def even_rows(moe: MoEConfig, ep: int, tokens: int, replicas: int = 0) -> int:
     """Rows to expect of so many tokens of a rank, sent or received, if all sets of experts are equally likely.
 
-    Copies of experts change nothing: for one token each expert is at one place.
+    A token takes of each expert the copy whose turn it is (`moe/dispatch.py`), so each turn has a placement of its own,
+    and the more experts a rank has in it, the more often a token finds two of its own there and needs one row for them.
+
+    Args:
+        replicas: slots for copies on each rank, filled by number.
     """
-    held = moe.num_experts // ep
-    return round(tokens * ep * (1 - comb(moe.num_experts - held, moe.top_k) / comb(moe.num_experts, moe.top_k)))
+    experts, order = moe.num_experts, by_number(moe.num_experts, ep, replicas)
+    held = len(order) // ep
+    slots = [[slot for slot, each in enumerate(order) if each == expert] for expert in range(experts)]
+    turns, hits = lcm(*map(len, slots)), 0.0
+    for turn in range(turns):
+        for here in Counter(each[turn % len(each)] // held for each in slots).values():
+            hits += 1 - comb(experts - here, moe.top_k) / comb(experts, moe.top_k)
+    return round(tokens * hits / turns)
 
 
 def even_step(run: RunConfig) -> tuple[int, int]:
@@ -142,5 +152,5 @@ def even_step(run: RunConfig) -> tuple[int, int]:
     assert moe is not None
     tokens, parts = train.micro_batch_size * train.seq_len // run.mesh.cp, train.dispatch_parts
     sizes = ((i + 1) * tokens // parts - i * tokens // parts for i in range(parts))
-    rows = train.micro_batches * sum(even_rows(moe, run.mesh.ep, size) for size in sizes)
+    rows = train.micro_batches * sum(even_rows(moe, run.mesh.ep, size, train.expert_replicas) for size in sizes)
     return rows, rows

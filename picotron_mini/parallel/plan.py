@@ -192,6 +192,11 @@ def settings(run: RunConfig) -> str:
     words += [f"--schedule {train.schedule}"] if run.mesh.pp > 1 else []
     words += [f"--recompute {train.recompute}"] if train.recompute != "none" else []
     words += [f"--loss-chunks {train.loss_chunks}"] if train.loss_chunks > 1 else []
+    words += [f"--zero-group {train.zero_group}"] if train.zero_group else []
+    words += [f"--dispatch-parts {train.dispatch_parts}"] if train.dispatch_parts > 1 else []
+    words += [f"--dispatch-payload {train.dispatch_payload}"] if train.dispatch_payload != "same" else []
+    words += [f"--place-every {train.place_every}"] if train.place_every else []
+    words += [f"--expert-replicas {train.expert_replicas}"] if train.expert_replicas else []
     return " ".join(words)
 
 

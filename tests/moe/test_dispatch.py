@@ -15,6 +15,7 @@ from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.moe import Experts, local_dispatch
 from picotron_mini.moe import dispatch, exchange
 from picotron_mini.moe.dispatch import ExpertDispatch, plan, recording
+from picotron_mini.moe.placement import by_number
 from picotron_mini.parallel.expert_traffic import even_rows, rows_for, rows_of_step
 
 E, K, D, RANKS = 6, 3, 4, 3
@@ -187,6 +188,19 @@ def test_rows_to_expect_are_those_of_all_sets_of_experts() -> None:
         sets = list(itertools.combinations(range(experts), k))
         rows = sum(rows_for(sets, ep, experts // ep))
         assert even_rows(MoEConfig(num_experts=experts, top_k=k), ep, len(sets)) == rows
+
+
+def test_rows_to_expect_count_copies() -> None:
+    """Every set of experts once in each turn of the copies, by the dispatch's own choice of slots."""
+    import itertools
+
+    for experts, k, ep, replicas in ((8, 2, 4, 1), (8, 2, 4, 4), (8, 2, 4, 6), (6, 3, 3, 2), (8, 2, 2, 3)):
+        sets, turns = list(itertools.combinations(range(experts), k)), 12
+        sender = ExpertDispatch(Axis("ep", ep, 0, tuple(range(ep))), experts)
+        sender.place(by_number(experts, ep, replicas))
+        slots = sender._slots(torch.tensor([each for each in sets for _ in range(turns)])).tolist()
+        rows = sum(rows_for(slots, ep, sender.held))
+        assert even_rows(MoEConfig(num_experts=experts, top_k=k), ep, len(slots), replicas) == rows
 
 
 def count(how: str) -> tuple[dict[tuple[str, str], int], list[tuple[int, list[list[int]]]]]:

@@ -131,9 +131,9 @@ def test_a_skew_is_known_for_copies() -> None:
     ("layout", "train", "says"),
     [
         ("dp=2", {}, r"expert_replicas=1 is for experts on several ranks, and ep=1; use expert_replicas=0, or ep=2"),
-        ("dp=4,ep=4", {"expert_replicas": 7}, r"none is there twice; use expert_replicas<=6"),
+        ("dp=4,ep=4", {"expert_replicas": 7}, r"expert_replicas=7 must be 0 to 6: a rank has 2 of the 8"),
         ("dp=4,ep=2", {"compress": "topk", "place_every": 2}, r"by slot.*use compress=bf16 or none, or place_every=0"),
-        ("dp=4,ep=4", {"expert_replicas": -1}, r"expert_replicas=-1 must be at least 0"),
+        ("dp=4,ep=4", {"expert_replicas": -1}, r"expert_replicas=-1 must be 0 to 6"),
     ],
 )
 def test_what_cannot_be_is_refused(layout: str, train: dict[str, object], says: str) -> None:

@@ -619,3 +619,21 @@ def test_ranks_of_torchrun_do_not_each_measure(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, "0")
     with pytest.raises(ConfigError, match="give it a number"):
         with_bucket(RunConfig(layout="dp=2", model=MODEL, train=replace(TRAIN, bucket_mb=0)), gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("moe", "train", "said"),
+    [
+        (EXPERTS, {"expert_replicas": 7}, "expert_replicas=7 must be 0 to 6"),
+        (EXPERTS, {"expert_replicas": -3}, "expert_replicas=-3 must be 0 to 6"),
+        (EXPERTS, {"dispatch_payload": "bf16", "dtype": "bfloat16"}, "dispatch_payload=bf16 narrows nothing"),
+        (EXPERTS, {"zero": 1, "zero_group": 2}, "zero_group=2 is not searched"),
+        (None, {"expert_replicas": 2}, "expert_replicas=2 is for experts on several ranks, and ep=1; use .*=0$"),
+    ],
+)
+def test_a_search_does_not_pass_over_settings_that_no_layout_may_have(
+    moe: MoEConfig | None, train: dict[str, Any], said: str
+) -> None:
+    run = RunConfig(layout="auto", model=replace(MODEL, moe=moe), train=replace(TRAIN, **train))
+    with pytest.raises(ConfigError, match=said):
+        planner.answer(run, planner.Wish(ranks=4, machine="h100"))
