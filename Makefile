@@ -24,6 +24,7 @@ train: $(VENV)/core ## train a language model: all the GPUs there are, else 4 CP
 test: $(VENV)/all lint ## check everything that this repository claims
 	$(BIN)/python -m pytest lessons --nbval --nbval-current-env --nbval-cell-timeout=120 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg
+	@# coverage is counted where that is cheap, and judged once, at the end
 	$(BIN)/python -m pytest tests -m slow --ignore tests/course
 	$(BIN)/python -m pytest tests/course -m slow --cov --cov-report= --cov-fail-under=0
 	$(BIN)/python -m pytest tests -m "not slow" --cov --cov-append --cov-report=term

@@ -73,6 +73,14 @@ def calibrated(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
     return machine
 
 
+def on_one_rank(run: RunConfig, gpus: int) -> RunConfig:
+    """The run without what only several ranks have, resolved: what a machine is measured with."""
+    train = replace(run.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", virtual_stages=2, compress="none",
+                    sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0, dispatch_parts=1,
+                    dispatch_payload="same", place_every=0, expert_replicas=0)  # fmt: skip
+    return resolve(replace(run, layout="1", train=train), gpus=gpus)
+
+
 def with_bucket(run: RunConfig, gpus: int) -> RunConfig:
     """The run with a `bucket_mb` of 0 replaced by the best for this machine's links (`messages.best_bucket`).
 
@@ -94,11 +102,7 @@ def with_bucket(run: RunConfig, gpus: int) -> RunConfig:
     ranks = probe.mesh.dp * probe.mesh.cp
     if ranks == 1:
         return replace(run, train=replace(run.train, bucket_mb=25.0))
-    train = replace(probe.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", virtual_stages=2, compress="none",
-                    sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0, dispatch_parts=1,
-                    dispatch_payload="same", place_every=0, expert_replicas=0)  # fmt: skip
-    alone = resolve(replace(probe, layout="1", train=train), gpus=gpus)
-    machine = calibrated(alone, min(ranks, gpus or os.cpu_count() or 1))
+    machine = calibrated(on_one_rank(probe, gpus), min(ranks, gpus or os.cpu_count() or 1))
     layout, index = layout_of(probe), coordinates(probe.mesh, 0)
     plain = replace(probe, train=replace(probe.train, zero=0, zero_group=0, compress="none", reduce_group=0))
     size = footprint(plain, layout, index).gradients

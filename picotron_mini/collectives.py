@@ -300,9 +300,8 @@ def all_gather_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis)
         outs, xs: each pair as there; of one dtype, and not none.
     """
     if axis.size > 1 and xs[0].is_cuda:
-        for x in xs:
-            ledger.record(axis.key, "all_gather", x)
-        return _coalesced(axis, "allgather_into_tensor_coalesced", AllgatherOptions(), outs, xs)
+        start = axis.group.allgather_into_tensor_coalesced
+        return _coalesced(axis, "all_gather", start, AllgatherOptions(), outs, xs)
     x = torch.cat([x.detach().view(-1) for x in xs])
     whole = x.new_empty(axis.size, len(x))
     return _Spread(all_gather_async(whole, x, axis), whole, [out.detach().view(axis.size, -1) for out in outs])
@@ -311,17 +310,19 @@ def all_gather_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis)
 def reduce_scatter_several(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Work:
     """Start `reduce_scatter_async` of several pairs of tensors as one, as `all_gather_several` does."""
     if axis.size > 1 and xs[0].is_cuda:
-        for x in xs:
-            ledger.record(axis.key, "reduce_scatter", x)
-        return _coalesced(axis, "reduce_scatter_tensor_coalesced", ReduceScatterOptions(), outs, xs)
+        start = axis.group.reduce_scatter_tensor_coalesced
+        return _coalesced(axis, "reduce_scatter", start, ReduceScatterOptions(), outs, xs)
     x = torch.cat([x.detach().view(axis.size, -1) for x in xs], dim=1)
     part = x.new_empty(1, x.shape[1])
     return _Spread(reduce_scatter_async(part, x, axis), part, [out.detach().view(1, -1) for out in outs])
 
 
-def _coalesced(axis: Axis, method: str, options: Any, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
-    options.asyncOp = True
-    start = getattr(axis.group, method)  # the sum is what its options ask for, unless they say otherwise
+def _coalesced(
+    axis: Axis, operation: str, start: Callable[..., Any], options: Any, outs: Sequence[Tensor], xs: Sequence[Tensor]
+) -> Work:
+    for x in xs:
+        ledger.record(axis.key, operation, x)
+    options.asyncOp = True  # the sum is what its options ask for, unless they say otherwise
     return _started(start([out.detach().view(-1) for out in outs], [x.detach().view(-1) for x in xs], options))
 
 

@@ -31,7 +31,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .calibrate import MISSED, calibrated
+from .calibrate import MISSED, calibrated, on_one_rank
 from .config import ConfigError, MeshShape, RunConfig, UserError, divisors
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
@@ -56,9 +56,7 @@ class Wish:
     link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
     host_link_gb_s: float = 0.0  # ... between hosts, for each rank
     ranks_per_host: int = 0  # 0: the machine's
-    skew: str = (
-        "1"  # load of the busiest rank with experts over the even one, after placement; or a run that has measured it
-    )
+    skew: str = "1"  # the busiest rank's load of experts over the even one, after placement; or a run that measured it
     dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 
@@ -188,12 +186,7 @@ def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
         ranks: to measure with, if it is this one.
     """
     if wish.machine == "this":
-        alone = replace(
-            run.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", sequence_parallel=False, recompute="none",
-            dispatch_parts=1, dispatch_payload="same", place_every=0, expert_replicas=0,
-        )  # fmt: skip
-        gpus = torch.cuda.device_count()
-        machine = calibrated(resolve(replace(run, layout="1", train=alone), gpus=gpus), ranks, wish.measure)
+        machine = calibrated(on_one_rank(run, torch.cuda.device_count()), ranks, wish.measure)
         if machine.missed > MISSED:
             raise UserError(
                 f"the rates measured here miss a pass that they were made from by {machine.missed:.0%}, more than "

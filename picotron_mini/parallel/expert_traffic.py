@@ -84,7 +84,7 @@ def migration_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int], la
         row = place.without("ep", "edp").local_size(index) // place.kept[0]
         before = place.order or by_number(place.shape[0])
         states = 2 if train.optimizer == "adamw" and not train.freezes(name) else 0
-        cut = _cut(place)
+        cut = owned_slots(place)
         leaving = sum(source == index["ep"] for _, source, _ in moves(before, after, ep))
         if not cut:
             out["ep", "all_to_all"] += leaving * row * wide * (1 + states)
@@ -99,7 +99,7 @@ def migration_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int], la
     return +out
 
 
-def _cut(place: Placement) -> int:
+def owned_slots(place: Placement) -> int:
     """How many of its slots each edp rank owns where ZeRO cuts them; 0 where it does not."""
     return next((shard.ranges[0][1] for shard in place.shards if shard.axis == "edp"), 0)
 
@@ -116,7 +116,7 @@ def replica_bytes(run: RunConfig, layout: Layout, index: Mapping[str, int]) -> T
         if len(place.order) == len({*place.order}) or not place.holds(index) or run.train.freezes(name):
             continue
         row = place.without("ep", "edp").local_size(index) // place.kept[0]
-        cut = _cut(place)
+        cut = owned_slots(place)
         axis, me = ("dp" if run.mesh.cp == 1 else "dp_cp", index["edp"] * ep) if cut else ("ep", 0)
         held = [ranks for ranks in holders(place.order, ep, cut).values() if me + index["ep"] in ranks]
         out[axis, "replicas"] += sum(len(ranks) - 1 for ranks in held) * row * wide

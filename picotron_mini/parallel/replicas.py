@@ -36,11 +36,12 @@ from ..collectives import all_to_all_async
 from ..layout import Layout, Placement
 from ..mesh import Axis, Mesh
 from ..moe.placement import Holders, holders
+from .expert_traffic import owned_slots
 
 
 def keepers(place: Placement, mesh: Mesh) -> tuple[Axis, Holders]:
     """Which ranks keep the masters of which expert: of ep, or of dp and cp where ZeRO cuts."""
-    rows = next((shard.ranges[0][1] for shard in place.shards if shard.axis == "edp"), 0)
+    rows = owned_slots(place)
     return mesh["dp_cp" if rows else "ep"], holders(place.order, mesh.shape.ep, rows)
 
 
