@@ -204,6 +204,7 @@ class TrainConfig:
     masters: Literal["whole", "split", "none"] = "whole"
     device: Device = "auto"  # auto: cuda if there is one, else cpu
     compile: bool = False  # torch.compile on each block
+    cuda_graph: bool = False  # record a step's forward and backward once, and launch the recording: for a busy host
     document_mask: bool = False  # a token attends inside its own document only, and predicts nothing outside it
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
     loss_chunks: int = 1  # parts of the sequence whose logits exist at once; 1: all

@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import replace
 from math import gcd, lcm
 
-from .config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, divisors, model_problems, nearest
+from .config import (
+    ConfigError,
+    MeshShape,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrainConfig,
+    divisors,
+    model_problems,
+    nearest,
+)
 from .model.gpt import parameter_shapes
 
 
@@ -258,6 +268,42 @@ def _reduce_group_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     return found
 
 
+def cuda_graph_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """Whether a step of this model on this device can be recorded, in words; empty when it can."""
+    if not train.cuda_graph:
+        return []
+    found = []
+    if train.device == "cpu":
+        found.append("cuda_graph records what a GPU does, and device=cpu is none; use device=cuda or cuda_graph=False")
+    if train.zero == 3:
+        found.append(
+            "cuda_graph replays at the addresses of the first time, and zero=3 makes and frees weights all the time; "
+            "use zero=2 or cuda_graph=False"
+        )
+    if model.moe is not None:
+        found += _recorded_experts(model.hidden_size, model.moe, mesh, train)
+    return found
+
+
+def _recorded_experts(width: int, moe: MoEConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """Where the host reads something in a step with experts, or hands it a number that changes with the step."""
+    reasons = {
+        f"ep={mesh.ep}": mesh.ep > 1 and "ranks ask each other how many rows come",
+        f"choice={moe.choice}": moe.choice == "expert" and "the host reads how many tokens were taken",
+        f"dtype={train.dtype}": train.dtype != "bfloat16" and "experts are a loop, for which the host reads their rows",
+        f"hidden_size={width}, expert_size={moe.expert_size}": (
+            (width % 8 or moe.expert_size % 8) and "experts are a loop where these are no multiples of 8"
+        ),
+        f"jitter={moe.jitter}": moe.jitter > 0 and "each step has noise of its own",
+    }
+    return [
+        f"cuda_graph records a step in which the host neither reads nor changes anything, and with {setting} {why}; "
+        "use cuda_graph=False"
+        for setting, why in reasons.items()
+        if why
+    ]
+
+
 def freeze_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
     """What is wrong with `freeze`, in words: a name that is not there (all would be trained), or nothing left over."""
     if not train.freeze or model_problems(model):
@@ -328,7 +374,7 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
     elif device == "cuda" and mesh.world_size > gpus:
         found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
-    found += training_problems(mesh, train) + freeze_problems(model, train)
+    found += training_problems(mesh, train) + freeze_problems(model, train) + cuda_graph_problems(model, mesh, train)
     if not 0 < run.data.val_fraction < 1:
         found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
     if found:

@@ -35,6 +35,7 @@ from .actions import Route, route_of
 from .balance import balance
 from .compress import compression
 from .context import context_parallel
+from .cuda_graph import RecordedStep, own_stream
 from .data import GradientBuckets
 from .deferred import Deferred
 from .expert import expert_parallel, expert_shard, is_expert, mixtures, of_one_shape
@@ -63,6 +64,7 @@ class Parallel:
     device: torch.device
     routers: Routers | None = None  # of a mixture of experts
     deferred: Deferred | None = None  # with which a schedule may put off the weight gradients of linear layers
+    recorded: RecordedStep | None = None  # with `cuda_graph`
 
     @property
     def model(self) -> GPT:
@@ -165,6 +167,9 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     config, train = run.model, run.train
     index = coordinates(mesh.shape, mesh.rank)
     layout = layout_of(run)
+    if train.cuda_graph:
+        own_stream(device)
+    recorded = RecordedStep() if train.cuda_graph else None
 
     # 1 pipeline, 2 tensor, context: on the meta device, where tensors have shapes and no memory
     route = route_of(train.schedule, mesh.shape.pp, train.chunks)
@@ -239,7 +244,9 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
                 masters[name] = sharded.own(parameter)
         if train.masters == "split":
             kept = SplitMasters({n: sharded.own(p) for n, p in parameters.items()}, masters, fuse=train.compile)
-        return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, sharded, device, routers, deferred)
+        return Parallel(
+            run, mesh, layout, tuple(chunks), parameters, kept, sharded, device, routers, deferred, recorded
+        )
     if train.masters == "split":
         kept = SplitMasters(parameters, masters, fuse=train.compile)
         del masters, whole
@@ -252,7 +259,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         for axis, group in groups.items()
     ]
     buckets = SeveralBuckets(reducers) if others else reducers[0][0]
-    return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, buckets, device, routers, deferred)
+    return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, buckets, device, routers, deferred, recorded)
 
 
 def _tie(chunks: list[GPT]) -> None:

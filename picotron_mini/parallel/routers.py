@@ -55,7 +55,9 @@ class Routers:
         self.micro_batches: list[Balance] = []
         self.axis = mesh.apart("dp_cp" if self.config.aux_scope == "global" else "cp")
         self.tally = torch.compile(tally) if run.train.compile else tally
-        self._publish()
+        if self.config.balance == "bias":
+            for layer, module in self.here.items():
+                module.router.bias = self.biases[layer - self.layers.start]  # a view: it follows
 
     def pools(self, training: bool, number: int) -> list[Pool]:
         """What the model is told with each of `number` micro-batches; if it trains, they make up a step."""
@@ -96,10 +98,8 @@ class Routers:
         totals = totals.view(len(self.layers), -1)
         if self.config.balance == "bias":
             counts = totals[:, : -len(EXTRA)].to(self.biases)
-            self.biases = move_bias(self.biases, counts, self.config.bias_rate)
-            self._publish()
+            self.biases.copy_(move_bias(self.biases, counts, self.config.bias_rate))
         self.step += 1
-        self.micro_batches = []
         train = self.run.train
         return RoutingStats(totals, train.batch_size * train.seq_len, self.config.top_k)
 
@@ -111,7 +111,7 @@ class Routers:
             for name, ours in (("dropped", "dropped"), ("auxiliary loss", "aux"), ("z-loss", "z")):
                 out[f"layer {layer}, {name}"] = stats.extra(ours)[row]
             if self.config.balance == "bias":
-                out[f"layer {layer}, bias"] = self.biases[row].cpu()
+                out[f"layer {layer}, bias"] = self.biases[row].cpu().clone()
         return out
 
     def named_biases(self) -> dict[str, Tensor]:
@@ -122,13 +122,7 @@ class Routers:
     def load(self, biases: dict[str, Tensor]) -> None:
         """Take over biases by global name."""
         if self.config.balance == "bias":
-            self.biases = torch.stack([biases[router_bias_name(layer)] for layer in self.layers]).to(self.biases)
-            self._publish()
-
-    def _publish(self) -> None:
-        if self.config.balance == "bias":
-            for layer, module in self.here.items():
-                module.router.bias = self.biases[layer - self.layers.start]
+            self.biases.copy_(torch.stack([biases[router_bias_name(layer)] for layer in self.layers]))
 
 
 def _positions(tokens: int, cp: int, how: str) -> Tensor:

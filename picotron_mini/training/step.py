@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,12 @@ def compute_gradients(parallel: Parallel, micro_batches: Sequence[Batch]) -> tup
         The summed loss of this rank's tokens (0 except on the last stage) divided by the global number of targets,
         and that number; both scalars on the device.
     """
+    if parallel.recorded is None:
+        return _fill(parallel, micro_batches)
+    return parallel.recorded(partial(_fill, parallel), micro_batches)
+
+
+def _fill(parallel: Parallel, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     train, mesh = parallel.run.train, parallel.mesh
     micro_batches = [context_slice(batch, mesh["cp"], train.context) for batch in micro_batches]
     targets = sum((batch.targets != IGNORE).sum() for batch in micro_batches)

@@ -34,8 +34,10 @@ def on_one() -> list[Row]:
     for masters in ("split", "none"):
         rows += [("bench", "dp=1", {**few, **more, "masters": masters}) for more in ({}, SAVING)]
     rows.append(("bench", "dp=1", {"micro_batch_size": 16, "micro_batches": 1} | SAVING))
+    short = {"micro_batch_size": 1, "micro_batches": 8, "seq_len": 512}  # kernels as short as with many cuts
     experts = {"experts": True, "micro_batch_size": 2, "micro_batches": 4}
-    return [*rows, ("bench", "dp=1", experts)]
+    rows += [("bench", "dp=1", each | {"cuda_graph": on}) for each in (short, experts) for on in (False, True)]
+    return [*rows, ("bench", "dp=1", few | {"cuda_graph": True})]
 
 
 def on_several(gpus: int) -> list[Row]:
@@ -43,6 +45,9 @@ def on_several(gpus: int) -> list[Row]:
     dp, tp, pp, cp, ep = (f"{axis}={gpus}" for axis in ("dp", "tp", "pp", "cp", "ep"))
     four = {"micro_batch_size": 4, "micro_batches": 4}
     experts = {"experts": True, "micro_batch_size": 2, "micro_batches": 4}
+    between: dict[str, object] = {"sequence_parallel": True}
+    long = {"micro_batch_size": 1, "micro_batches": 4, "seq_len": 4096}
+    graph: dict[str, object] = {"cuda_graph": True}
     techniques: list[tuple[str, dict[str, object]]] = [
         (dp, four),
         *((dp, {**four, "zero": zero}) for zero in (1, 2, 3)),
@@ -50,13 +55,17 @@ def on_several(gpus: int) -> list[Row]:
         *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 8)),
         *((dp, {**four, "reduce_group": max(gpus // 2, 2)}) for _ in range(gpus % 2 == 0)),  # as if on two hosts
         (tp, four),
-        *((tp, {**four, "sequence_parallel": True, "tensor_overlap": parts}) for parts in (1, 2, 4)),
+        *((tp, {**four, **between, "tensor_overlap": parts}) for parts in (1, 2, 4)),
         *((pp, {**four, "micro_batches": 8, "schedule": kind}) for kind in ("1f1b", "interleaved")),
         *((pp, {**four, "micro_batches": 8, "schedule": kind, "compile": False}) for kind in ("zb-h1", "zb-v")),
-        *((cp, {"micro_batch_size": 1, "micro_batches": 4, "seq_len": 4096, "context": kind})
-          for kind in ("ring", "ulysses")),
+        *((cp, {**long, "context": kind}) for kind in ("ring", "ulysses")),
+        *((cp, {**long, **graph, "context": kind}) for kind in ("ring", "ulysses")),
+        *((dp, {**four, **graph, "zero": zero}) for zero in (0, 1, 2)),
+        *((tp, {**four, **graph, **between, "tensor_overlap": parts}) for parts in (1, 2, 4)),
+        *((pp, {**four, **graph, "micro_batches": 8, "schedule": kind}) for kind in ("1f1b", "interleaved")),
         (cp, {"micro_batch_size": 1, "micro_batches": 1, "seq_len": 32768, "recompute": "full"}),
         (f"{dp},{ep}", experts),
+        *((f"{dp},{ep}", experts | {"micro_batch_size": size, "micro_batches": 8 // size}) for size in (4, 8)),
         (f"{dp},{ep}", experts | {"micro_batch_size": 4, "micro_batches": 2, "masters": "split"}),
         (f"{dp},{ep}", experts | {"dispatch_parts": 2}),
         (f"{dp},{ep}", experts | {"dispatch_payload": "fp8"}),
@@ -68,8 +77,9 @@ def on_several(gpus: int) -> list[Row]:
         small |= {"micro_batch_size": 1, "micro_batches": 2 * gpus, "compile": settings.get("compile", True)}
         same = "dispatch_payload" in small or "bucket_mb" in settings  # lossy, or verified by another row
         for dtype in ("float32", "bfloat16"):
-            if not same and (dtype == "bfloat16" or "masters" not in small):
-                out.append(("verify", layout, {"dtype": dtype, **small}))
+            row: Row = ("verify", layout, {"dtype": dtype, **small})
+            if not same and (dtype == "bfloat16" or "masters" not in small) and row not in out:
+                out.append(row)
         out.append(("bench", layout, settings))
     return out
 
