@@ -52,7 +52,7 @@ def on_several(gpus: int) -> list[Row]:
         (dp, four),
         *((dp, {**four, "zero": zero}) for zero in (1, 2, 3)),
         (dp, {**four, "bucket_mb": 1e6}),  # one bucket: nothing is summed beside backward
-        *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 8)),
+        *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 2, 8)),
         *((dp, {**four, "reduce_group": max(gpus // 2, 2)}) for _ in range(gpus % 2 == 0)),  # as if on two hosts
         (tp, four),
         *((tp, {**four, **between, "tensor_overlap": parts}) for parts in (1, 2, 4)),
