@@ -37,6 +37,10 @@ def load(folder: str | Path, device: str = "cpu") -> GPT:
 
 def _weights(folder: str | Path) -> Path:
     folder = Path(folder)
+    if not folder.is_dir():
+        near = sorted(each.parent.name for each in folder.parent.glob("*/weights")) if folder.parent.is_dir() else []
+        there = f"; {folder.parent} has {', '.join(near[:5])}" if near else "; `picotron-mini train` makes one"
+        raise UserError(f"there is no folder {folder}{there}")
     weights = folder / "weights" if (folder / "weights").is_dir() else folder
     if not (weights / "config.json").exists() or not list(weights.glob("*.safetensors*")):
         raise UserError(f"{folder} holds no weights; give the folder of a finished run, as runs/my-run")

@@ -190,13 +190,26 @@ def test_a_damaged_folder(
     assert err.startswith("error: ") and words in err and "Traceback" not in err and err.count("error:") == 1
 
 
-@pytest.mark.parametrize("name", ["nowhere", "file", "empty"])
-def test_not_a_run(name: str, tmp_path: Path, said: Callable[..., tuple[int, str, str]]) -> None:
-    (tmp_path / "file").write_text("text")
+def test_not_a_run(tmp_path: Path, said: Callable[..., tuple[int, str, str]]) -> None:
     (tmp_path / "empty").mkdir()
+    status, out, err = said(tmp_path / "empty")
+    assert (status, out) == (1, "")
+    assert err == f"error: {tmp_path / 'empty'} holds no weights; give the folder of a finished run, as runs/my-run\n"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "no/where"])
+def test_no_folder(name: str, tmp_path: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "file").write_text("text")
     status, out, err = said(tmp_path / name)
     assert (status, out) == (1, "")
-    assert err == f"error: {tmp_path / name} holds no weights; give the folder of a finished run, as runs/my-run\n"
+    assert err == f"error: there is no folder {tmp_path / name}; `picotron-mini train` makes one\n"
+
+
+def test_a_mistyped_folder_is_told_its_neighbours(tmp_path: Path, said: Callable[..., tuple[int, str, str]]) -> None:
+    run_folder(tmp_path / "mine", byte_tokenizer())
+    status, _, err = said(tmp_path / "min")
+    assert status == 1
+    assert err == f"error: there is no folder {tmp_path / 'min'}; {tmp_path} has mine\n"
 
 
 @pytest.mark.parametrize(
