@@ -76,8 +76,9 @@ def calibrated(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
 def on_one_rank(run: RunConfig, gpus: int) -> RunConfig:
     """The run without what only several ranks have, resolved: what a machine is measured with."""
     train = replace(run.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", virtual_stages=2, compress="none",
-                    sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0, dispatch_parts=1,
-                    dispatch_payload="same", place_every=0, expert_replicas=0, cuda_graph=False)  # fmt: skip
+                    sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0, dispatch="alltoall",
+                    dispatch_parts=1, dispatch_payload="same", place_every=0, expert_replicas=0,
+                    cuda_graph=False)  # fmt: skip
     return resolve(replace(run, layout="1", train=train), gpus=gpus)
 
 

@@ -190,6 +190,7 @@ class TrainConfig:
     compress_keep: float = 0.01  # share of each gradient's entries that compress=topk sends
     reduce_group: int = 0  # dp (and cp) ranks of one host, which sum gradients before hosts do; 0: all ranks at once
     zero: Literal[0, 1, 2, 3] = 0  # cut over dp: 1 optimizer state and masters, 2 gradients too, 3 weights too
+    dispatch: Literal["alltoall", "allgather"] = "alltoall"  # of tokens to experts on other ranks: as needed, or all
     dispatch_parts: int = 1  # of the tokens on their way to experts on other ranks: one computes, the next travels
     dispatch_payload: Literal["same", "bf16", "fp8"] = "same"  # how tokens travel to experts: as they are, or lossy
     place_every: int = 0  # steps after which experts are spread over ep anew, by their load; 0: they stay

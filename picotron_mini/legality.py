@@ -53,7 +53,10 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
 def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """What keeps experts from being spread over ep ranks, in words; empty when nothing does."""
     if mesh.ep == 1:
-        off = {"dispatch_parts": 1, "dispatch_payload": "same", "place_every": 0, "expert_replicas": 0}
+        off = {
+            "dispatch": "alltoall", "dispatch_parts": 1, "dispatch_payload": "same", "place_every": 0,
+            "expert_replicas": 0,
+        }  # fmt: skip
         or_ep = ", or ep=2" if model.moe else ""
         return [
             f"{name}={getattr(train, name)} is for experts on several ranks, and ep=1; use {name}={value}{or_ep}"
@@ -85,6 +88,17 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
         found.append(
             "dispatch_payload=bf16 narrows nothing with dtype=bfloat16, in which tokens travel as they are; "
             "use dispatch_payload=fp8 or same"
+        )
+    if train.dispatch == "allgather" and train.dispatch_parts > 1:
+        found.append(
+            f"dispatch=allgather takes all tokens to experts at once, and dispatch_parts={train.dispatch_parts} cuts "
+            "them; use dispatch_parts=1, or dispatch=alltoall"
+        )
+    if train.dispatch == "allgather" and train.dispatch_payload != "same":
+        found.append(
+            f"dispatch=allgather adds up what experts make on its way back, and dispatch_payload="
+            f"{train.dispatch_payload} packs it in a form that has no sum; use dispatch_payload=same, or "
+            "dispatch=alltoall"
         )
     group = train.zero_group * mesh.cp
     if group and not ranks % mesh.ep and mesh.dp % train.zero_group == 0 and group % mesh.ep:
@@ -288,8 +302,18 @@ def cuda_graph_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig)
 def _recorded_experts(width: int, moe: MoEConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """Where the host reads something in a step with experts, or hands it a number that changes with the step."""
     reasons = {
-        f"ep={mesh.ep}": mesh.ep > 1 and "ranks ask each other how many rows come",
-        f"choice={moe.choice}": moe.choice == "expert" and "the host reads how many tokens were taken",
+        f"ep={mesh.ep}": (
+            mesh.ep > 1
+            and train.dispatch == "alltoall"
+            and "ranks ask each other how many rows come (none does with dispatch=allgather)"
+        ),
+        f"place_every={train.place_every}": train.place_every > 0 and "experts move to other slots",
+        f"expert_replicas={train.expert_replicas}": (
+            train.expert_replicas > 0 and "the host picks the rows of copies whose gradients are summed"
+        ),
+        f"choice={moe.choice}": (
+            moe.choice == "expert" and mesh.ep == 1 and "the host reads how many tokens were taken"
+        ),
         f"dtype={train.dtype}": train.dtype != "bfloat16" and "experts are a loop, for which the host reads their rows",
         f"hidden_size={width}, expert_size={moe.expert_size}": (
             (width % 8 or moe.expert_size % 8) and "experts are a loop where these are no multiples of 8"

@@ -1,8 +1,9 @@
 """Which configurations there are to verify: all combinations of techniques, a cover of their pairs, a random sample.
 
 A *combination* is a mesh and the settings that choose a technique: sequence parallelism for tp, a schedule for pp, a
-way to attend for cp, a stage of ZeRO for dp. None is written down here. `combinations` tries every mesh and every value
-that `TrainConfig` allows, gives the model sizes that the mesh can divide, and lets `legality.resolve` decide.
+way to attend for cp, a stage of ZeRO for dp, a way to experts for ep. None is written down here. `combinations` tries
+every mesh and every value that `TrainConfig` allows, gives the model sizes that the mesh can divide, and lets
+`legality.resolve` decide.
 
 There are some hundreds of them on at most 8 ranks. Most bugs that techniques have with each other need two of them,
 seldom three at once, so `pairwise` picks a few dozen in which every two values that can meet do meet; of an axis the
@@ -31,7 +32,10 @@ from .verify import EXPERTS, MODEL, OPTIMIZERS, TRAIN
 
 MAX_RANKS = 8
 # The settings that choose a technique, and the axis without which they do nothing
-CHOICES = {"zero": "dp", "context": "cp", "sequence_parallel": "tp", "tensor_overlap": "tp", "schedule": "pp"}
+CHOICES = {
+    "zero": "dp", "context": "cp", "sequence_parallel": "tp", "tensor_overlap": "tp", "schedule": "pp",
+    "dispatch": "ep",
+}  # fmt: skip
 _VALUES = {"sequence_parallel": (False, True), "tensor_overlap": (1, 2)}  # the others say theirs by their type
 _PLAIN = TrainConfig()
 
@@ -50,12 +54,16 @@ def combinations(max_ranks: int = MAX_RANKS) -> list[RunConfig]:
 
 
 def expert_combinations(max_ranks: int = MAX_RANKS) -> list[RunConfig]:
-    """Every legal combination again, with a model that has experts (`verify.EXPERTS`), spread over every ep > 1."""
+    """Every legal combination again, with a model that has experts (`verify.EXPERTS`), spread over every ep > 1.
+
+    With every way to take tokens to them.
+    """
     model = replace(MODEL, num_layers=1, moe=EXPERTS)
     out = []
     for run in combinations(max_ranks):
-        for ep in range(2, run.mesh.dp * run.mesh.cp + 1):
-            found = legal(replace(run.mesh, ep=ep), {name: getattr(run.train, name) for name in CHOICES}, model)
+        plain = {name: getattr(run.train, name) for name in CHOICES}
+        for ep, way in itertools.product(range(2, run.mesh.dp * run.mesh.cp + 1), _values("dispatch")):
+            found = legal(replace(run.mesh, ep=ep), plain | {"dispatch": way}, model)
             out += [] if found is None else [found]
     return out
 

@@ -110,7 +110,8 @@ def _on_rank(runs: Sequence[RunConfig], batches: Sequence[Batch]) -> list[Any]:
                 )
                 for k in range(train.micro_batches)
             ]
-            with ledger.recording() as sent, recording() as decided:
+            # a recorded step may not be read from; its bytes are the same whatever was decided
+            with ledger.recording() as sent, recording(not train.cuda_graph) as decided:
                 loss, tokens = compute_gradients(parallel, mine)
                 gradients = {n: g.cpu().clone() for n, g in gradients_of(parallel).items()}
                 result = apply_gradients(parallel, optimizer, loss, tokens)

@@ -53,6 +53,7 @@ def test_all_meshes_and_all_choices_are_among_the_combinations() -> None:
         "sequence_parallel": {False, True},
         "tensor_overlap": {1, 2},
         "schedule": {"1f1b", "afab", "interleaved", "zb-h1", "zb-v"},
+        "dispatch": {"alltoall"},  # the other is for experts
     }
 
 
@@ -135,7 +136,16 @@ def test_a_sample_depends_on_its_seed_alone() -> None:
     many = sample(60, 0)
     for name in ("vocab_size", "num_heads", "head_dim", "tie_embeddings", "qk_norm"):
         assert len({getattr(run.model, name) for run in many}) > 1
-    for name in (*CHOICES, "micro_batches", "micro_batch_size", "seq_len", "freeze", "recompute", "document_mask"):
+    assert {run.mesh.ep for run in many} == {1}
+    for name in (
+        *({*CHOICES} - {"dispatch"}),
+        "micro_batches",
+        "micro_batch_size",
+        "seq_len",
+        "freeze",
+        "recompute",
+        "document_mask",
+    ):
         assert len({getattr(run.train, name) for run in many}) > 1, name
 
 
@@ -293,6 +303,7 @@ def test_every_pair_of_techniques_equals_one_device() -> None:
 def test_every_pair_of_techniques_equals_one_device_with_experts_on_several_ranks() -> None:
     runs = expert_combinations()
     assert {run.mesh.ep for run in runs} == {2, 4, 8} and all(run.model.moe for run in runs)
+    assert {run.train.dispatch for run in runs} == {"alltoall", "allgather"}
     expect_all_equal(sorted(pairwise(runs), key=lambda run: run.mesh.world_size))
 
 

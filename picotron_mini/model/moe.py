@@ -137,13 +137,15 @@ class Experts(nn.Module):
 
         Args:
             rows: [M, D], those of expert 0 first.
-            counts: [E] int64, how many rows each expert has; their sum is M.
+            counts: [E] int64, how many rows each expert has. Their sum is M, or less where one grouped product takes
+                all: the rows behind pass no expert.
 
         Returns:
-            [M, D].
+            [M, D]; what stands there for a row that passed no expert may be anything, NaN too.
         """
         if fits_grouped(rows, self.gate):
             ends = counts.cumsum(0).to(torch.int32)  # stays on the device: the host need not know it
+            ends[-1:].clamp_(min=1)  # row 0, of which a choice of no expert takes 0 times, is always a number
             gate, up = (torch._grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (self.gate, self.up))
             return torch._grouped_mm(gated(gate, up, self.passes), self.down.transpose(1, 2), offs=ends)
         weights = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
@@ -168,15 +170,17 @@ def local_dispatch(
         weights: [N, K].
         run: all experts.
         shared: the shared expert, which every token passes.
-        routed: how many rows to make: as many as there are choices of an expert, or N K, of which those too many pass
-            an expert and count for nothing. None: as few as there can be; a GPU is asked how many, and waited for.
+        routed: how many rows to make: as many as there are choices of an expert, or more, N K at most. Those too many
+            count for nothing: a grouped product stops before them; in a loop, where they must be N K in all, they pass
+            an expert. None: as few as there can be; a GPU is asked how many, and waited for.
 
     Returns:
         [N, D], zeros for a token without an expert, plus what the shared expert makes of it.
     """
     if routed is None:
         routed = int((experts >= 0).sum()) if not experts.is_meta else experts.numel()
-    order, token, place, counts = run.passes.sort(experts, len(run.gate), routed == experts.numel())
+    rest = routed == experts.numel() and not fits_grouped(x, run.gate)
+    order, token, place, counts = run.passes.sort(experts, len(run.gate), rest)
     order, token = order[:routed], token[:routed]
     rows = take(x, token, place, run.passes)  # [M, D]
     y = combine(run(rows, counts), weights, order, token, place, run.passes)

@@ -41,7 +41,7 @@ def sort(experts: Tensor, number: int, rest: bool) -> tuple[Tensor, Tensor, Tens
         experts: [N, K] int64, -1: none.
         number: E, below 32,767.
         rest: give the choices of no expert to the last one, where they count for nothing: so N K is how many rows there
-            are, and no device has to be asked. Else they come behind all others, and have no row.
+            are, and no device has to be asked. Else they come behind all others, where rows may end before them.
 
     Returns:
         order [N K], the choice of each row; its token [N K]; the place [N, K] of each choice, -1 where it was none;

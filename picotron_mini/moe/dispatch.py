@@ -40,6 +40,7 @@ Legend: N tokens, D width, K experts a token, E experts, S rows sent, R rows rec
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,29 +126,24 @@ def _evenly(parts: Sequence[Tensor], ranks: int, expected: Callable[[int], int])
     return [[(rank + 1) * n // ranks - rank * n // ranks for n in rows] for rank in range(ranks)]
 
 
-class ExpertDispatch:
-    """`MoE.dispatch` for experts that are spread over an axis.
+class SlotDispatch(ABC):
+    """What each way to experts on other ranks begins with: to which slot, so to which rank, each choice goes.
 
     Args:
         axis: the ranks that hold the experts between them.
         num_experts: of the whole model.
-        parts: in how many the tokens are cut, to compute one while the next travels.
-        payload: in what form rows and their gradients travel, one of `payload.FORMS`.
 
     Attributes:
         held: slots on each rank.
         slot: [E, C] int64, the slots of each expert's copies, held * rank + place on that rank. None: expert e is in
             slot e.
         copies: [E] int64, how many there are; C is the largest number.
-        expected: see `plan`; None outside of a dry run.
     """
 
-    def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0, payload: str = "same") -> None:
-        self.axis, self.held, self.parts, self.layer = axis, num_experts // axis.size, parts, layer
-        self.there, self.home = FORMS[payload]
+    def __init__(self, axis: Axis, num_experts: int, layer: int = 0) -> None:
+        self.axis, self.held, self.layer = axis, num_experts // axis.size, layer
         self.slot: Tensor | None = None
         self.copies: Tensor | None = None
-        self.expected: Callable[[int], int] | None = None
 
     def place(self, order: Order, device: torch.device | None = None) -> None:
         """Send tokens to where experts are from now on.
@@ -164,16 +160,40 @@ class ExpertDispatch:
 
     def _slots(self, experts: Tensor) -> Tensor:
         """The slots [N, K] to which tokens go: of copies of an expert each token takes the next."""
-        if self.slot is None or self.copies is None:
-            return experts
-        turn = torch.arange(len(experts), device=experts.device)[:, None] + self.axis.index  # [N, 1]
-        return torch.where(experts < 0, -1, self.slot[experts, turn % self.copies[experts]])
+        slots = experts
+        if self.slot is not None and self.copies is not None:
+            turn = torch.arange(len(experts), device=experts.device)[:, None] + self.axis.index  # [N, 1]
+            slots = torch.where(experts < 0, -1, self.slot[experts, turn % self.copies[experts]])
+        for log in _LOGS:
+            log.append((self.layer, slots.tolist()))
+        return slots
+
+    @abstractmethod
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None) -> Tensor:
+        """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
+
+
+class ExpertDispatch(SlotDispatch):
+    """`MoE.dispatch` for experts that are spread over an axis, to which rows travel one by one.
+
+    Args:
+        axis, num_experts, layer: as of `SlotDispatch`.
+        parts: in how many the tokens are cut, to compute one while the next travels.
+        payload: in what form rows and their gradients travel, one of `payload.FORMS`.
+
+    Attributes:
+        expected: see `plan`; None outside of a dry run.
+    """
+
+    def __init__(self, axis: Axis, num_experts: int, parts: int = 1, layer: int = 0, payload: str = "same") -> None:
+        super().__init__(axis, num_experts, layer)
+        self.parts = parts
+        self.there, self.home = FORMS[payload]
+        self.expected: Callable[[int], int] | None = None
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None) -> Tensor:
         """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
         slots = self._slots(experts)
-        for log in _LOGS:
-            log.append((self.layer, slots.tolist()))
         ends = [i * len(x) // self.parts for i in range(self.parts + 1)]
         sizes = [end - start for start, end in pairwise(ends)]
         # one part is not cut: its gradient would be copied

@@ -29,6 +29,8 @@ WHEN = {
     ("cp", "all_gather"): "documents of the whole sequence, for each layer's attention",
     ("pp", "send"): "hidden states to the next stage, their gradients to the previous one; a tied embedding",
     ("ep", "all_to_all"): "tokens to their experts and back, forward and backward; as many as if chosen evenly",
+    ("ep", "all_gather"): "tokens of all ranks to all experts; backward the gradients of what these made",
+    ("ep", "reduce_scatter"): "what experts made, added up, to the tokens' ranks; backward the gradients of tokens",
     ("ep", "counts"): "how many tokens will come, before they do: control traffic",
     ("ep", "replicas"): "gradients of experts that have copies, after backward; as they are placed at the start",
     ("dp", "replicas"): "gradients of experts that have copies, after backward; as they are placed at the start",

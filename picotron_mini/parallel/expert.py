@@ -8,10 +8,10 @@ ranks, and each keeps E/ep of them instead of E; attention, norms and router it 
     experts              0 1 2 3     4 5 6 7     0 1 2 3     4 5 6 7      gradients summed over edp: 0, 2 and 1, 3
     tokens               own         own         own         own          to experts and back inside 0, 1 and 2, 3
 
-The price is the journey of the tokens (`moe/dispatch.py`). An expert sees the tokens of all ranks of its ep group, so
-its gradient is the sum over those already, by the way the gradients of its outputs come in; only the copies in the
-other groups are missing, which is what edp is for. Reduce it over dp instead, and the gradients of *different* experts
-are added up: shapes fit, nothing crashes.
+The price is the journey of the tokens (`moe/dispatch.py`; with `--dispatch allgather` `moe/gather_dispatch.py`). An
+expert sees the tokens of all ranks of its ep group, so its gradient is the sum over those already, by the way the
+gradients of its outputs come in; only the copies in the other groups are missing, which is what edp is for. Reduce it
+over dp instead, and the gradients of *different* experts are added up: shapes fit, nothing crashes.
 
 Tensor parallelism cuts each expert's inner width as it does an MLP's (`tensor.py`); then each of the tp ranks sends
 its tokens' rows to its own ep group, and partial sums come back.
@@ -26,6 +26,7 @@ Legend: E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import nn
@@ -34,7 +35,8 @@ from ..layout import Shard, split
 from ..mesh import Axis
 from ..model.gpt import GPT
 from ..model.moe import MoE
-from ..moe.dispatch import ExpertDispatch
+from ..moe.dispatch import ExpertDispatch, SlotDispatch
+from ..moe.gather_dispatch import GatherDispatch
 from ..moe.placement import by_number
 
 
@@ -56,8 +58,9 @@ def mixtures(model: GPT) -> Iterator[MoE]:
 
 
 def expert_parallel(
-    model: GPT, axis: Axis, parts: int = 1, replicas: int = 0, device: torch.device | None = None, payload: str = "same"
-) -> None:
+    model: GPT, axis: Axis, parts: int = 1, replicas: int = 0, device: torch.device | None = None,
+    payload: str = "same", dispatch: Literal["alltoall", "allgather"] = "alltoall",
+) -> None:  # fmt: skip
     """Keep this rank's experts, in place, and send tokens to the others'; parameter names stay.
 
     Args:
@@ -67,6 +70,8 @@ def expert_parallel(
         replicas: slots for copies on each rank.
         device: where the tokens will be.
         payload: in what form they travel (`moe/payload.py`).
+        dispatch: how: to the ranks that need them (`moe/dispatch.py`), or to all (`moe/gather_dispatch.py`, for which
+            there are neither parts nor payload).
     """
     if axis.size == 1:
         return
@@ -77,9 +82,12 @@ def expert_parallel(
         for name, weight in list(moe.experts.named_parameters()):
             part = weight.detach()[list(order[start:stop])]
             setattr(moe.experts, name, nn.Parameter(part, requires_grad=weight.requires_grad))
-        moe.dispatch = dispatch = ExpertDispatch(axis, number, parts, moe.layer, payload)
+        way: SlotDispatch = ExpertDispatch(axis, number, parts, moe.layer, payload)
+        if dispatch == "allgather":
+            way = GatherDispatch(axis, number, moe.layer)
+        moe.dispatch = way
         if replicas:
-            dispatch.place(order, device)
+            way.place(order, device)
 
 
 def of_one_shape(block: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -5,6 +5,9 @@ Of t tokens of a rank each chooses K of E experts, which lie on ep ranks, h = E/
     ep = 1     M = t K rows for the experts                       nothing travels
     ep > 1     S = rows sent, R = S received, by `even_rows`      M = t K rows for the experts here, of others' tokens
 
+With dispatch=allgather a rank gets all tokens, R = ep t, and sums of what experts made of them come back: S stands for
+its own t. On a GPU there is memory for ep t min(K, h) rows, since no host knows M (`moe/gather_dispatch.py`).
+
 Routers are not even. **Skew** is the load of the busiest rank of an ep group over the even one, 1 at best, ep at worst
 (all tokens to one rank). Every exchange waits for the busiest rank, and memory must be there for it, so it stands for
 all: M and R are multiplied by the skew. With ep = 1 a rank's own tokens are all it has, and no skew makes them more.
@@ -15,7 +18,8 @@ What a mixture keeps from forward to backward, in numbers of the compute's width
     routing    t E                scores, in float32 at least, as the next line; with a z-loss t (E + 1) more
                t (2 K + 2)        chosen scores, their sum, weights; with ep > 1 those of R rows, beside their experts
                32 t K             as int64: experts, and the way of rows there and back (`model/permute.py`)
-      ep > 1   8 (t K + 2 ep t + 3 R K)      in place of it: the way to ranks and, of what came, to experts
+      ep > 1   8 (t K + 2 ep t + 3 R K)      in place of it: the way to ranks (not with dispatch=allgather) and, of what
+                                  came, to experts
 
 `costs.layer_activation_bytes` is the case tp = ep = 1, to the byte. What backward makes beside it: twice the gradients
 of the outputs (M D each); later, when those are gone, the gradients of experts' weights, of all experts at once.
@@ -37,6 +41,7 @@ from .expert_traffic import ITEMSIZE, Rows, even_rows, even_step, row_bytes
 # of a layer with experts, what each expert adds where a loop runs them, and what their exchange adds.
 DENSE, HEAD, MIXED, EACH, EXCHANGE = 47, 20, 73, 5, 37
 PACKED = {"same": 0, "bf16": 4, "fp8": 13}  # ... and what packing and unpacking add (`moe/payload.py`)
+GATHERED = 14  # ... and what is more with dispatch=allgather, in place of both
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Flow:
     sent: float  # S
     received: float  # R; with ep = 1 the tokens
     routed: float  # M
+    kept: float  # rows that there is memory for: M, or as many as M could be
     columns: int  # K, as wide as choices are kept: with choice=expert E
 
 
@@ -76,9 +82,14 @@ def flow(run: RunConfig, skew: float = 1.0) -> Flow:
     columns = moe.top_k if moe.choice == "token" else moe.num_experts
     filled = moe.capacity or 1.0 if moe.choice == "expert" else 1.0
     most = 1.0 if ep == 1 or moe.choice == "expert" else min(skew, ep, moe.capacity or ep)
+    routed = most * filled * tokens * moe.top_k
+    if run.train.dispatch == "allgather":
+        held = moe.num_experts // ep + run.train.expert_replicas
+        kept = ep * tokens * min(columns, held) if grouped(run) else routed
+        return Flow(tokens, tokens, ep * tokens, routed, kept, columns)
     sent = even_rows(moe, ep, tokens, run.train.expert_replicas) if ep > 1 else tokens
     received = min(most * sent, ep * tokens)
-    return Flow(tokens, sent, received, most * filled * tokens * moe.top_k, columns)
+    return Flow(tokens, sent, received, routed, routed, columns)
 
 
 def busy_rows(run: RunConfig, skew: float) -> Rows:
@@ -109,7 +120,7 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
     assert moe is not None
     w = ITEMSIZE[train.dtype]
     wide, width, inner = max(w, 4), run.model.hidden_size, moe.expert_size // mesh.tp
-    experts: float = rows.routed * (2 * width + 3 * inner) * w + 4 * moe.shared_size // mesh.tp * rows.tokens * w
+    experts: float = rows.kept * (2 * width + 3 * inner) * w + 4 * moe.shared_size // mesh.tp * rows.tokens * w
     if w < 4 and not train.compile:  # the router keeps its input widened; only a shared expert keeps it as it was
         experts += rows.tokens * width * (4 if moe.shared_size else 4 - w)
     scores = moe.num_experts + (moe.num_experts + 1 if moe.z_weight else 0) + rows.columns + 2
@@ -117,14 +128,15 @@ def mixture(run: RunConfig, skew: float = 1.0) -> Mixture:
     if mesh.ep == 1:
         routing += rows.tokens * rows.columns * (wide + 24)
     else:
-        routing += 16 * mesh.ep * rows.tokens + rows.received * rows.columns * (2 * wide + 24)
+        routing += rows.received * rows.columns * (2 * wide + 24)
+        routing += 16 * mesh.ep * rows.tokens if train.dispatch == "alltoall" else 0
     held = moe.num_experts // mesh.ep + train.expert_replicas
     one = held * width * inner * w  # the gradient of one projection of all experts here
-    made = rows.routed * width * (w + wide + (wide if w < 4 else 0))  # of outputs
+    made = rows.kept * width * (w + wide + (wide if w < 4 else 0))  # of outputs
     if grouped(run):  # all experts' SwiGLU at once
-        made = max(made, 3 * rows.routed * inner * w)
+        made = max(made, 3 * rows.kept * inner * w)
     else:  # a loop makes the weights' gradients of each expert, then puts them together: what experts kept is gone
-        made = max(made, rows.routed * width * w + 4 * one - experts)
+        made = max(made, rows.kept * width * w + 4 * one - experts)
     # of the layer's output, twice; where rows travel, their gradients as they leave and as they come
     passing = (2 * rows.tokens + (rows.sent + rows.received if mesh.ep > 1 else 0)) * width * w
     if train.dispatch_payload != "same":  # and the messages that they are packed in
@@ -142,5 +154,5 @@ def operators(run: RunConfig) -> int:
     moe = run.model.moe
     assert moe is not None
     held = moe.num_experts // run.mesh.ep + run.train.expert_replicas
-    exchange = (EXCHANGE + PACKED[run.train.dispatch_payload]) * (run.mesh.ep > 1)
-    return MIXED + exchange + EACH * (1 if grouped(run) else held)
+    exchange = GATHERED if run.train.dispatch == "allgather" else EXCHANGE + PACKED[run.train.dispatch_payload]
+    return MIXED + exchange * (run.mesh.ep > 1) + EACH * (1 if grouped(run) else held)

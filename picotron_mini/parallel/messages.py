@@ -3,7 +3,8 @@
     in each forward and backward    tp: all of it. cp: ulysses all, the ring what attention does not hide.
                                     zero 2: gradients that a backward does not hide. zero 3: those and weights
                                     ep: rows to experts and back, and the numbers before them, less what the
-                                    experts' products hide where `dispatch_parts` cuts the tokens
+                                    experts' products hide where `dispatch_parts` cuts the tokens; with
+                                    dispatch=allgather all tokens, the sums of what comes back, and nothing hides
     once, after the last backward   zero 0, 1: gradients that this backward does not hide, the last bucket at least
     once, after the update          zero 1, 2: the updated weights
     on the way between stages       pp: one message of hidden states each way (`simulate` puts them on its clock)
@@ -102,7 +103,9 @@ def messages_of(
     mixed = sum(number for number, experts in kinds(run.model, layers) if experts)
     if mesh.ep > 1 and mixed:
         passes, parts = 2 + (train.recompute != "none"), train.dispatch_parts
-        trips = time("ep", "all_to_all", traffic["ep", "all_to_all"] / (3 * passes * parts * mixed * m), mesh.ep) / m
+        # with dispatch=allgather two gathers and a scatter forward, and backward a gather and two scatters
+        legs, total = {"all_to_all": 3.0, "all_gather": 1.5, "reduce_scatter": 1.5}, passes * parts * mixed * m
+        trips = sum(time("ep", op, traffic["ep", op] / (n * total), mesh.ep) for op, n in legs.items()) / m
         numbers = time("ep", "counts", traffic["ep", "counts"] / ((passes - 1) * mixed * m), mesh.ep) / m / (passes - 1)
         later = trips / passes * (parts - 1) / parts
         cover = mixed * mlp_flops(run, True, skew) / machine.product_flops * machine.turns * (parts - 1) / parts

@@ -179,7 +179,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
     for chunk in chunks:
         replicas, payload = train.expert_replicas, train.dispatch_payload
-        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, replicas, device, payload)
+        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, replicas, device, payload, train.dispatch)
         tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
         context_parallel(chunk, mesh["cp"], train.context)
     # the weight gradients of linear layers on their own, where the schedule does them on their own

@@ -171,6 +171,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
                 for zero, kind in savings:
                     chosen: dict[str, Any] = {
                         "micro_batch_size": size, "micro_batches": a_rank // size, "schedule": schedule,
+                        "dispatch": train.dispatch if mesh.ep > 1 else "alltoall",
                         "dispatch_parts": train.dispatch_parts if mesh.ep > 1 else 1,
                         "dispatch_payload": train.dispatch_payload if mesh.ep > 1 else "same",
                         "place_every": train.place_every if mesh.ep > 1 else 0,
@@ -193,6 +194,7 @@ def settings(run: RunConfig) -> str:
     words += [f"--recompute {train.recompute}"] if train.recompute != "none" else []
     words += [f"--loss-chunks {train.loss_chunks}"] if train.loss_chunks > 1 else []
     words += [f"--zero-group {train.zero_group}"] if train.zero_group else []
+    words += [f"--dispatch {train.dispatch}"] if train.dispatch != "alltoall" else []
     words += [f"--dispatch-parts {train.dispatch_parts}"] if train.dispatch_parts > 1 else []
     words += [f"--dispatch-payload {train.dispatch_payload}"] if train.dispatch_payload != "same" else []
     words += [f"--place-every {train.place_every}"] if train.place_every else []

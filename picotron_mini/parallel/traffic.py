@@ -45,6 +45,10 @@ hidden states), m micro-batches, g bytes a gradient element (at least 4) and w b
                           it receives in m micro-batches (`expert_traffic.py`); backward S D itemsize + R (the rest)
                           with dispatch_payload, D itemsize becomes 2 D (bf16), or D + 4 with S and 2 D with R (fp8)
             counts        16 m ep parts a layer with experts          control traffic: how many rows will come
+      with dispatch=allgather, in place of both, whatever was decided:
+            all_gather    m B T (2 D itemsize + 2 K w) a layer with experts    tokens, and what is beside them;
+                          backward the gradients of what experts made
+            reduce_scatter  ep as much                          what experts made; backward the gradients of the former
     edp     all_reduce    g (elements + parameters)             gradients of experts, which then are not in those of dp;
                           with zero as those of all else over dp, in groups of zero_group cp / ep
     ep      replicas      3 D I g (c - 1) for each of a rank's experts with c copies, a layer; I/tp with tp. With ZeRO
@@ -169,6 +173,7 @@ def _dispatch(run: RunConfig, names: list[str], trained: set[str], rows: Rows, f
     """What tokens on their way to experts and back weigh; the first arguments and the last are those of `_context`."""
     moe, train, out = run.model.moe, run.train, Counter[tuple[str, str]]()
     assert moe is not None
+    tokens = train.micro_batches * train.micro_batch_size * train.seq_len // run.mesh.cp
     choices = moe.top_k if moe.choice == "token" else moe.num_experts
     there, home = row_bytes(run)
     beside = 2 * choices * max(ITEMSIZE[train.dtype], 4)  # the weights, and which experts they are for
@@ -182,11 +187,16 @@ def _dispatch(run: RunConfig, names: list[str], trained: set[str], rows: Rows, f
         weighed = flows or bool(router)
         made = weighed or bool(experts)
         if int(layer) in run.model.moe_layers:
-            sent, received = rows[int(layer)]
             forwards = 1 + ((flows or bool(own)) and train.recompute != "none")
-            out["ep", "all_to_all"] += forwards * (sent * (there + beside) + received * home)
-            out["ep", "all_to_all"] += made * sent * there + flows * received * home + weighed * received * beside
-            out["ep", "counts"] += forwards * train.micro_batches * train.dispatch_parts * 16 * run.mesh.ep
+            if train.dispatch == "allgather":
+                summed = forwards * home + flows * there + weighed * beside
+                out["ep", "all_gather"] += tokens * (forwards * (there + beside) + made * home)
+                out["ep", "reduce_scatter"] += tokens * run.mesh.ep * summed
+            else:
+                sent, received = rows[int(layer)]
+                out["ep", "all_to_all"] += forwards * (sent * (there + beside) + received * home)
+                out["ep", "all_to_all"] += made * sent * there + flows * received * home + weighed * received * beside
+                out["ep", "counts"] += forwards * train.micro_batches * train.dispatch_parts * 16 * run.mesh.ep
         flows = flows or bool(own)
     return out
 

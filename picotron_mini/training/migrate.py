@@ -25,7 +25,7 @@ from ..collectives import all_to_all_async
 from ..memory.masters import SplitMasters
 from ..mesh import Axis
 from ..model.balancing import RoutingStats
-from ..moe.dispatch import ExpertDispatch
+from ..moe.dispatch import SlotDispatch
 from ..moe.placement import Holders, Order, by_load, by_number, holders, imbalance, journeys, moves
 from ..parallel.expert import is_expert, mixtures
 from ..parallel.parallelize import Parallel
@@ -53,7 +53,7 @@ def place_experts(parallel: Parallel, optimizer: torch.optim.Optimizer, load: Ma
     out = []
     ranks = parallel.mesh.shape.ep
     for moe in [each for chunk in parallel.chunks for each in mixtures(chunk)]:
-        if not isinstance(moe.dispatch, ExpertDispatch):  # nothing is spread
+        if not isinstance(moe.dispatch, SlotDispatch):  # nothing is spread
             continue
         loads = [float(x) for x in load[moe.layer]]
         names = [n for n in parallel.parameters if n.startswith(f"layers.{moe.layer}.") and is_expert(n)]

@@ -93,7 +93,12 @@ def test_what_cannot_be_recorded_is_refused(train: dict[str, Any], words: str) -
 @pytest.mark.parametrize(
     ("moe", "mesh", "dtype", "words"),
     [
-        ({}, MeshShape(dp=2, ep=2), "bfloat16", "ep=2 ranks ask each other"),
+        (
+            {},
+            MeshShape(dp=2, ep=2),
+            "bfloat16",
+            "ep=2 ranks ask each other how many rows come (none does with dispatch=allgather)",
+        ),
         ({"choice": "expert"}, MeshShape(), "bfloat16", "choice=expert the host reads"),
         ({"jitter": 0.1}, MeshShape(), "bfloat16", "jitter=0.1 each step"),
         ({"expert_size": 12}, MeshShape(), "bfloat16", "expert_size=12 experts are a loop"),
@@ -108,8 +113,24 @@ def test_experts_that_make_the_host_read_are_refused(
     assert words in problem
 
 
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"place_every": 5}, "place_every=5 experts move to other slots"),
+        ({"expert_replicas": 1}, "expert_replicas=1 the host picks the rows of copies"),
+    ],
+)
+def test_experts_that_move_or_have_copies_are_refused(train: dict[str, Any], words: str) -> None:
+    (problem,) = cuda_graph_problems(MOE, MeshShape(dp=2, ep=2), replace(GPU, dispatch="allgather", **train))
+    assert words in problem
+
+
 def test_what_can_be_recorded_is_not_refused() -> None:
     assert not cuda_graph_problems(MOE, MeshShape(), GPU)
+    assert MOE.moe is not None
+    for choice in ("token", "expert"):
+        model = replace(MOE, moe=replace(MOE.moe, choice=choice))  # type: ignore[arg-type]
+        assert not cuda_graph_problems(model, MeshShape(dp=2, ep=2), replace(GPU, dispatch="allgather"))
     assert not cuda_graph_problems(MODEL, MeshShape(dp=2, tp=2), replace(GPU, zero=2))
 
 

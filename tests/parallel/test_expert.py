@@ -319,18 +319,21 @@ def steps_of(compiled: bool, run: RunConfig) -> tuple[list[float], list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "moe"),
+    ("layout", "moe", "train"),
     [
-        ("dp=2,ep=2", {"shared_size": 8, "dense_layers": 0, "z_weight": 0.1}),
-        ("dp=2", {"balance": "bias", "score": "sigmoid", "capacity": 1.0, "dense_layers": 1}),
+        ("dp=2,ep=2", {"shared_size": 8, "dense_layers": 0, "z_weight": 0.1}, {}),
+        ("dp=2,ep=2", {"shared_size": 8, "dense_layers": 0}, {"dispatch": "allgather"}),
+        ("dp=2", {"balance": "bias", "score": "sigmoid", "capacity": 1.0, "dense_layers": 1}, {}),
     ],
 )
-def test_layers_share_what_is_compiled_and_rows_are_any_number(ranks, layout: str, moe: dict[str, object]) -> None:
+def test_layers_share_what_is_compiled_and_rows_are_any_number(
+    ranks, layout: str, moe: dict[str, object], train: dict[str, object]
+) -> None:
     """Three layers make as many graphs as two, and after the first step there are no new ones."""
     graphs = []
     for layers in (2, 3):
         model = replace(MODEL, num_layers=layers, moe=replace(EXPERTS, **moe))  # type: ignore[arg-type]
-        run = ready(layout, model, micro_batches=2)
+        run = ready(layout, model, micro_batches=2, **train)
         losses, made = ranks(steps_of, True, run, world_size=2)[0]
         assert made[0] == made[-1] > 0, f"compiled again for other numbers of rows: {made}"
         graphs.append(made[-1])

@@ -20,7 +20,8 @@ from picotron_mini.config import ConfigError, MeshShape, ModelConfig, MoEConfig,
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.gpt import GPT, init_weights
-from picotron_mini.moe.dispatch import ExpertDispatch
+from picotron_mini.moe.dispatch import ExpertDispatch, SlotDispatch
+from picotron_mini.moe.gather_dispatch import GatherDispatch
 from picotron_mini.parallel import expert_costs
 from picotron_mini.parallel.activations import activations, layer_bytes, share_of
 from picotron_mini.parallel.expert import mixtures
@@ -455,13 +456,13 @@ def test_operators_of_layers_are_counted() -> None:
             self.number += not any(name in str(func) for name in views)
             return func(*args, **(kwargs or {}))
 
-    def count(model: ModelConfig, payload: str = "") -> int:
+    def count(model: ModelConfig, away: SlotDispatch | None = None) -> int:
         whole = replace(model, num_layers=1, head_dim=16)
         part = GPT(whole, embed=False, head=False)
         init_weights(part, 0)
-        if payload:
+        if away is not None:
             (moe,) = mixtures(part)
-            moe.dispatch = ExpertDispatch(Axis("ep", 1, 0, (0,)), EXPERTS.num_experts, payload=payload)
+            moe.dispatch = away  # type: ignore[assignment]
         x = torch.randn(2, 16, whole.hidden_size, requires_grad=True)
         with Count() as counted:
             part(x)
@@ -475,9 +476,15 @@ def test_operators_of_layers_are_counted() -> None:
     assert counted.number - 1 == expert_costs.HEAD  # one of them makes the targets
     assert count(MODEL) == expert_costs.DENSE
     assert count(replace(MODEL, moe=EXPERTS)) == expert_costs.operators(mixed("dp=2"))
-    for payload, more in expert_costs.PACKED.items():
-        away = count(replace(MODEL, moe=EXPERTS), payload)  # all experts are here, so only the exchange is more
-        assert away == expert_costs.operators(mixed("dp=2")) + expert_costs.EXCHANGE + more
+    alone, plain = Axis("ep", 1, 0, (0,)), expert_costs.operators(mixed("dp=2"))
+    for payload, more in expert_costs.PACKED.items():  # all experts are here, so only the exchange is more
+        exchanged = count(replace(MODEL, moe=EXPERTS), ExpertDispatch(alone, EXPERTS.num_experts, payload=payload))
+        assert exchanged == plain + expert_costs.EXCHANGE + more
+    gathered = count(replace(MODEL, moe=EXPERTS), GatherDispatch(alone, EXPERTS.num_experts))
+    collectives = 3  # which an axis of one rank leaves out
+    assert gathered + collectives == plain + expert_costs.GATHERED
+    run = mixed("dp=2,ep=2", dispatch="allgather")
+    assert expert_costs.operators(run) == plain + expert_costs.GATHERED - 4 * expert_costs.EACH  # 4 of 8 are elsewhere
 
 
 def test_what_a_mixture_computes() -> None:
@@ -551,11 +558,14 @@ def test_a_machine_is_measured_without_what_several_ranks_have(monkeypatch: pyte
     monkeypatch.setattr(calibration, "calibrated", measured)
     train = replace(TRAIN, dispatch_parts=2, dispatch_payload="fp8", place_every=5)
     run = RunConfig(layout="dp=2,ep=2", model=replace(MODEL, moe=EXPERTS), train=train)
+    gathered = replace(train, dispatch="allgather", dispatch_parts=1, dispatch_payload="same")
+    planner.choose_machine(replace(run, train=gathered), planner.Wish(), 2)
     planner.choose_machine(run, planner.Wish(), 2)
     with_bucket(replace(run, train=replace(train, bucket_mb=0)), gpus=0)
     grouped = replace(train, place_every=0, zero=1, zero_group=2)
     planner.choose_machine(replace(run, layout="dp=4,ep=2", train=grouped), planner.Wish(), 2)
-    assert len(asked) == 3 and {(each.dispatch_payload, each.dispatch_parts) for each in asked} == {("same", 1)}
+    settings = {(each.dispatch, each.dispatch_payload, each.dispatch_parts) for each in asked}
+    assert len(asked) == 4 and settings == {("alltoall", "same", 1)}
 
 
 def test_masters_cost_their_update() -> None:

@@ -69,6 +69,8 @@ def on_several(gpus: int) -> list[Row]:
         (f"{dp},{ep}", experts | {"micro_batch_size": 4, "micro_batches": 2, "masters": "split"}),
         (f"{dp},{ep}", experts | {"dispatch_parts": 2}),
         (f"{dp},{ep}", experts | {"dispatch_payload": "fp8"}),
+        *((f"{dp},{ep}", experts | {**more, "dispatch": "allgather", "micro_batch_size": size,
+                                    "micro_batches": 8 // size}) for size in (2, 4) for more in ({}, graph)),
         (f"{dp},{ep}", experts | {"place_every": 2, "expert_replicas": 1}),
     ]  # fmt: skip
     out: list[Row] = []
@@ -76,9 +78,10 @@ def on_several(gpus: int) -> list[Row]:
         small = {name: value for name, value in settings.items() if name not in ("seq_len", "experts", "bucket_mb")}
         small |= {"micro_batch_size": 1, "micro_batches": 2 * gpus, "compile": settings.get("compile", True)}
         same = "dispatch_payload" in small or "bucket_mb" in settings  # lossy, or verified by another row
+        narrow = "masters" in small or {"cuda_graph", "experts"} <= settings.keys()  # in bfloat16 only
         for dtype in ("float32", "bfloat16"):
             row: Row = ("verify", layout, {"dtype": dtype, **small})
-            if not same and (dtype == "bfloat16" or "masters" not in small) and row not in out:
+            if not same and (dtype == "bfloat16" or not narrow) and row not in out:
                 out.append(row)
         out.append(("bench", layout, settings))
     return out
