@@ -1,7 +1,8 @@
 """The same layout, run twice with torch's deterministic algorithms: `python tests/performance/twice_on_gpu.py`.
 
-Loss, gradients and weights of both runs must be equal to the bit, in float32 and in bf16, with blocks compiled. Uses
-all the GPUs there are. cuBLAS wants a workspace of its own for that (`CUBLAS_WORKSPACE_CONFIG`), which is set here.
+Loss, gradients and weights of both runs must be equal to the bit, in float32 and in bf16, with blocks compiled; where
+a run is recorded (`cuda_graph`), also to one that is not. Uses all the GPUs there are. cuBLAS wants a workspace of its
+own for that (`CUBLAS_WORKSPACE_CONFIG`), which is set here.
 """
 
 from __future__ import annotations
@@ -54,12 +55,20 @@ def main() -> None:
         sys.exit("no GPU is visible to torch")
     print(f"torch {torch.__version__}, {gpus} x {torch.cuda.get_device_name()}", flush=True)
     for layout, wanted in settings(gpus):
-        model = replace(MODEL, moe=EXPERTS) if wanted.pop("experts", False) else MODEL
+        model = replace(MODEL, moe=EXPERTS) if wanted.get("experts") else MODEL
+        chosen = {name: value for name, value in wanted.items() if name != "experts"}
         for dtype in ("float32", "bfloat16"):
-            train = replace(TRAIN, device="cuda", dtype=dtype, compile=True, batch_size=0, **wanted)  # type: ignore[arg-type]
+            train = replace(TRAIN, device="cuda", dtype=dtype, compile=True, batch_size=0, **chosen)  # type: ignore[arg-type]
             run = resolve(RunConfig(layout=layout, model=model, train=train), gpus=gpus)
-            first, second = steps(run), steps(run)
-            same = all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+            first, others = steps(run), [steps(run)]
+            if train.cuda_graph:
+                others.append(steps(replace(run, train=replace(train, cuda_graph=False))))
+            same = all(
+                torch.equal(a, b)
+                for other in others
+                for x, y in zip(first, other, strict=True)
+                for a, b in zip(x, y, strict=True)
+            )
             differ += not same
             number = sum(x.numel() for rank in first for x in rank)
             print(
