@@ -315,8 +315,9 @@ def _recorded_experts(width: int, moe: MoEConfig, mesh: MeshShape, train: TrainC
             moe.choice == "expert" and mesh.ep == 1 and "the host reads how many tokens were taken"
         ),
         f"dtype={train.dtype}": train.dtype != "bfloat16" and "experts are a loop, for which the host reads their rows",
-        f"hidden_size={width}, expert_size={moe.expert_size}": (
-            (width % 8 or moe.expert_size % 8) and "experts are a loop where these are no multiples of 8"
+        f"hidden_size={width}, expert_size={moe.expert_size}, tp={mesh.tp}": (
+            (width % 8 or moe.expert_size // mesh.tp % 8)
+            and "experts are a loop where width or inner width is no multiple of 8"
         ),
         f"jitter={moe.jitter}": moe.jitter > 0 and "each step has noise of its own",
     }

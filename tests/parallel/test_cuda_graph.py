@@ -101,7 +101,8 @@ def test_what_cannot_be_recorded_is_refused(train: dict[str, Any], words: str) -
         ),
         ({"choice": "expert"}, MeshShape(), "bfloat16", "choice=expert the host reads"),
         ({"jitter": 0.1}, MeshShape(), "bfloat16", "jitter=0.1 each step"),
-        ({"expert_size": 12}, MeshShape(), "bfloat16", "expert_size=12 experts are a loop"),
+        ({"expert_size": 12}, MeshShape(), "bfloat16", "expert_size=12, tp=1 experts are a loop"),
+        ({}, MeshShape(tp=4), "bfloat16", "expert_size=16, tp=4 experts are a loop"),
         ({}, MeshShape(), "float32", "dtype=float32 experts are a loop"),
     ],
 )
