@@ -104,7 +104,7 @@ assert counter == 0
 # %%
 from picotron_mini import collectives
 from picotron_mini.config import MeshShape
-from picotron_mini.course.collective_figures import draw_collective, draw_mesh
+from picotron_mini.course.figures.collectives import draw_collective, draw_mesh
 from picotron_mini.mesh import Mesh
 
 
@@ -319,7 +319,7 @@ assert sum(tree) == sum(ring) == 2 * 3 * 4096, "all ranks together send the same
 # and 100 GB/s, an assumption of the size of what one finds between GPUs:
 
 # %% tags=["nbval-ignore-output"]
-from picotron_mini.course.picture import LINES, drawing, figure, picture
+from picotron_mini.course.figures.picture import LINES, drawing, figure, picture
 from picotron_mini.course.rings import ring_seconds, tree_seconds
 
 latency, bandwidth = 10e-6, 100e9
@@ -482,7 +482,7 @@ assert "broadcast" not in counted[1], "only the root hands something over"
 # backward, and it adds up those that belong to `torch.distributed`.
 
 # %% tags=["nbval-ignore-output"]
-from picotron_mini.course.witness import Witness
+from picotron_mini.course.instruments.witness import Witness
 
 print(inspect.getsource(Witness))
 

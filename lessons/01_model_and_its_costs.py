@@ -42,10 +42,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 from picotron_mini.config import ModelConfig, RunConfig, TrainConfig
 from picotron_mini.course.exercises import check
-from picotron_mini.course.live_bytes import draw_memory, watch_step
+from picotron_mini.course.figures.picture import INK, LINES, PALE, drawing, figure, picture
+from picotron_mini.course.instruments.live_bytes import draw_memory, watch_step
+from picotron_mini.course.instruments.saved import SavedBytes
 from picotron_mini.course.museum import kill, run, show
-from picotron_mini.course.picture import INK, LINES, PALE, drawing, figure, picture
-from picotron_mini.course.saved import SavedBytes
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.model import costs, gpt

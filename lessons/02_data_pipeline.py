@@ -45,10 +45,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from picotron_mini.collectives import ledger
 from picotron_mini.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from picotron_mini.course.data_figures import draw_resumes, draw_rows, draw_shares, padded_rows
 from picotron_mini.course.exercises import check
+from picotron_mini.course.figures.data import draw_resumes, draw_rows, draw_shares, padded_rows
+from picotron_mini.course.figures.picture import GREY, LINES, drawing, figure, picture
 from picotron_mini.course.museum import ask, kill, run, show
-from picotron_mini.course.picture import GREY, LINES, drawing, figure, picture
 from picotron_mini.data.bigram import bigram_bits_per_byte, unigram_bits_per_byte
 from picotron_mini.data.corpus import Corpus, load_corpus, split_documents
 from picotron_mini.data.loader import Loader, data_rows, prepare, row_order
@@ -787,7 +787,7 @@ show("02.resumed_twice")
 # batches with two restarts. It is asked with the bug and without:
 
 # %%
-from picotron_mini.course.exhibits_02 import each_batch_once_over_two_resumes
+from picotron_mini.course.exhibits.chapter_02 import each_batch_once_over_two_resumes
 
 broken = run("02.resumed_twice", "dp=1")
 print("with the bug:", broken.first_divergence.split(": ")[-1])

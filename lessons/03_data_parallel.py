@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from picotron_mini.collectives import all_gather, all_reduce, ledger, reduce_scatter
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
-from picotron_mini.course.kept import kept
+from picotron_mini.course.figures.picture import drawing, figure, picture
+from picotron_mini.course.figures.zero import Passage, Watched, draw_passages, draw_states, most_at_once
+from picotron_mini.course.instruments.kept import kept
 from picotron_mini.course.museum import MODEL, TRAIN, exhibit, kill, run, show
-from picotron_mini.course.picture import drawing, figure, picture
-from picotron_mini.course.zero_figures import Passage, Watched, draw_passages, draw_states, most_at_once
 from picotron_mini.data.loader import data_rows
 from picotron_mini.launch import launch
 from picotron_mini.legality import resolve

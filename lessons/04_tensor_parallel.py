@@ -45,11 +45,11 @@ from picotron_mini import collectives
 from picotron_mini.collectives import all_gather, copy_to, ledger, reduce_from
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
+from picotron_mini.course.figures.picture import GREY, LINES, drawing, figure, picture
+from picotron_mini.course.figures.tensor import draw_heads, draw_pair
+from picotron_mini.course.instruments.tensor_overlap import exposed, order_of_work
+from picotron_mini.course.instruments.tensor_time import block_times, exchange_ratio, layer_of_width
 from picotron_mini.course.museum import kill, run, show
-from picotron_mini.course.picture import GREY, LINES, drawing, figure, picture
-from picotron_mini.course.tensor_figures import draw_heads, draw_pair
-from picotron_mini.course.tensor_overlap import exposed, order_of_work
-from picotron_mini.course.tensor_time import block_times, exchange_ratio, layer_of_width
 from picotron_mini.launch import launch
 from picotron_mini.layout import Layout, split
 from picotron_mini.legality import resolve
@@ -756,7 +756,7 @@ def with_pytorch(prepare: bool) -> tuple[dict[str, Tensor], int]:
 
 
 def ours() -> int:
-    from picotron_mini.course.witness import Witness
+    from picotron_mini.course.instruments.witness import Witness
 
     with Witness() as witness:
         on_a_rank(CONFIG, 2)

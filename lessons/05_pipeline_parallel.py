@@ -44,11 +44,11 @@ from torch import Tensor, nn
 from picotron_mini.collectives import ledger, receive, send
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
-from picotron_mini.course.in_order import messages_in_order
+from picotron_mini.course.figures.picture import LINES, drawing, figure, picture
+from picotron_mini.course.figures.timeline import draw_timelines, merge, pretend, timed
+from picotron_mini.course.instruments.in_order import messages_in_order
+from picotron_mini.course.instruments.saved import SavedBytes
 from picotron_mini.course.museum import kill, run, show
-from picotron_mini.course.picture import LINES, drawing, figure, picture
-from picotron_mini.course.saved import SavedBytes
-from picotron_mini.course.timeline import draw_timelines, merge, pretend, timed
 from picotron_mini.data.loader import Batch
 from picotron_mini.launch import RankError, launch
 from picotron_mini.legality import resolve

@@ -39,11 +39,11 @@ from torch import Tensor
 
 from picotron_mini.collectives import gather_from, ledger, rotate
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
-from picotron_mini.course.context_figures import border, draw_bytes, draw_pairs, draw_work, layer_bytes
 from picotron_mini.course.exercises import check
-from picotron_mini.course.largest import Largest
+from picotron_mini.course.figures.context import border, draw_bytes, draw_pairs, draw_work, layer_bytes
+from picotron_mini.course.instruments.largest import Largest
+from picotron_mini.course.instruments.saved import SavedBytes
 from picotron_mini.course.museum import MODEL, TRAIN, kill, run, show
-from picotron_mini.course.saved import SavedBytes
 from picotron_mini.data.loader import Batch
 from picotron_mini.launch import launch
 from picotron_mini.legality import resolve

@@ -41,7 +41,7 @@ from torch import Tensor
 from picotron_mini.collectives import ledger
 from picotron_mini.config import AXES, ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig
 from picotron_mini.course.exercises import check
-from picotron_mini.course.layout_figures import (
+from picotron_mini.course.figures.layout import (
     bytes_between_hosts,
     crosses,
     draw_bytes,

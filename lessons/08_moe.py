@@ -47,8 +47,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from picotron_mini.collectives import ledger
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig
 from picotron_mini.course.exercises import check
-from picotron_mini.course.exhibits_08 import MIXTURE
-from picotron_mini.course.moe_figures import draw_load, draw_routes, draw_trade
+from picotron_mini.course.exhibits.chapter_08 import MIXTURE
+from picotron_mini.course.figures.moe import draw_load, draw_routes, draw_trade
 from picotron_mini.course.moe_runs import make_rows, routes, small, train
 from picotron_mini.course.museum import TRAIN, kill, run, show
 from picotron_mini.data.loader import Batch

@@ -1,6 +1,6 @@
 """Each collective: its value, its gradient, its bytes, and that it compiles; and that broken ones are noticed.
 
-The bytes are checked against a witness that shares no code with the ledger: see course/witness.py.
+The bytes are checked against a witness that shares no code with the ledger: see course/instruments/witness.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from picotron_mini import collectives
 from picotron_mini.collectives import ledger
 from picotron_mini.config import MeshShape
-from picotron_mini.course.witness import Witness
+from picotron_mini.course.instruments.witness import Witness
 from picotron_mini.launch import RankError
 from picotron_mini.mesh import Mesh
 

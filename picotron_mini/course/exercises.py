@@ -4,7 +4,7 @@
                                             ->   03.bucket_order: failed: <the misconception that this answer shows>
                                             ->   03.bucket_order: not attempted yet
 
-A chapter's exercises are the list `EXERCISES` of `course/chapter_NN.py`. An exercise carries its own proof: the
+A chapter's exercises are the list `EXERCISES` of `course/tasks/chapter_NN.py`. An exercise carries its own proof: the
 reference answer, which its checker must pass, and planted mistakes, each of which it must fail with that mistake's
 own hint. A test goes through all of them, so a check that waves everything through cannot be committed.
 """
@@ -85,17 +85,17 @@ class Outcome:
         """A notebook shows nothing for it: `check` has printed the line."""
 
 
-def registered(prefix: str, attribute: str) -> list[Any]:
-    """The things that the modules `course/PREFIX*.py` list in their `attribute`, in the modules' order."""
-    package = importlib.import_module(__package__)
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith(prefix))
-    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
+def registered(room: str, attribute: str) -> list[Any]:
+    """The things that the modules of `course/ROOM/` list in their `attribute`, in the modules' order."""
+    package = importlib.import_module(f"{__package__}.{room}")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     return [item for module in modules for item in getattr(module, attribute, [])]
 
 
 def exercises() -> dict[str, Exercise]:
     """Every exercise of every chapter by its id."""
-    return {exercise.id: exercise for exercise in registered("chapter_", "EXERCISES")}
+    return {exercise.id: exercise for exercise in registered("tasks", "EXERCISES")}
 
 
 def exercise(exercise_id: str) -> Exercise:

@@ -17,7 +17,7 @@ To notice is to assert. A test that ends in another error with the bug in the li
 other, has met the bug and not seen it: that is reported as a crash. Where the bug itself is a crash or a hang, the
 exhibit says so (`crashes`), and then a crash is what kills it.
 
-Exhibits are the lists `EXHIBITS` of `course/exhibits_*.py`.
+Exhibits are the lists `EXHIBITS` of `course/exhibits/*.py`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Exhibit:
 
 def exhibits() -> dict[str, Exhibit]:
     """Every exhibit by its id."""
-    return {exhibit.id: exhibit for exhibit in registered("exhibits_", "EXHIBITS")}
+    return {exhibit.id: exhibit for exhibit in registered("exhibits", "EXHIBITS")}
 
 
 def exhibit(exhibit_id: str) -> Exhibit:

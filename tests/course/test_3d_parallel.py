@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from picotron_mini.config import AXES, MeshShape, ModelConfig, RunConfig, TrainConfig
-from picotron_mini.course import chapter_07_ranks
-from picotron_mini.course.layout_figures import (
+from picotron_mini.course.figures.layout import (
     bytes_between_hosts,
     crosses,
     draw_bytes,
@@ -20,8 +19,9 @@ from picotron_mini.course.layout_figures import (
     draw_time,
     groups,
 )
+from picotron_mini.course.figures.picture import Picture
 from picotron_mini.course.museum import MODEL, TRAIN, kill
-from picotron_mini.course.picture import Picture
+from picotron_mini.course.tasks import chapter_07_ranks
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh, coordinates
 from picotron_mini.parallel.machine import MACHINES

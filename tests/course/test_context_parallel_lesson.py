@@ -12,11 +12,11 @@ import torch
 
 from picotron_mini.collectives import ledger
 from picotron_mini.config import MeshShape, ModelConfig, TrainConfig
-from picotron_mini.course import chapter_06_shares
-from picotron_mini.course.context_figures import border, draw_bytes, draw_pairs, draw_work, layer_bytes, ring_pairs
-from picotron_mini.course.largest import Largest
+from picotron_mini.course.figures.context import border, draw_bytes, draw_pairs, draw_work, layer_bytes, ring_pairs
+from picotron_mini.course.figures.picture import Picture
+from picotron_mini.course.instruments.largest import Largest
 from picotron_mini.course.museum import kill
-from picotron_mini.course.picture import Picture
+from picotron_mini.course.tasks import chapter_06_shares
 from picotron_mini.legality import context_problems
 from picotron_mini.mesh import Mesh
 from picotron_mini.model.gpt import attend

@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from picotron_mini.course.chapter_02_packing import END, MEMORY, _most_held, pack_rows
-from picotron_mini.course.data_figures import (
+from picotron_mini.course.figures.data import (
     PADDING,
     draw_resumes,
     draw_rows,
@@ -17,7 +16,8 @@ from picotron_mini.course.data_figures import (
     packed_rows,
     padded_rows,
 )
-from picotron_mini.course.picture import Picture
+from picotron_mini.course.figures.picture import Picture
+from picotron_mini.course.tasks.chapter_02_packing import END, MEMORY, _most_held, pack_rows
 from picotron_mini.course.tiny_text import DOCUMENTS, tiny_loader
 from picotron_mini.data.packing import full_rows, pack, read_rows
 

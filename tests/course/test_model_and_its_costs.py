@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from picotron_mini.config import Dtype, ModelConfig, RunConfig, TrainConfig
-from picotron_mini.course.exhibits_01 import rope_in_bf16
-from picotron_mini.course.live_bytes import KINDS, STATE, LiveBytes, draw_memory, watch_step
+from picotron_mini.course.exhibits.chapter_01 import rope_in_bf16
+from picotron_mini.course.instruments.live_bytes import KINDS, STATE, LiveBytes, draw_memory, watch_step
 from picotron_mini.course.museum import kill
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from picotron_mini.config import MoEConfig
-from picotron_mini.course import chapter_08_dispatch
 from picotron_mini.course.exercises import judge
-from picotron_mini.course.moe_figures import draw_load, draw_routes, draw_trade
+from picotron_mini.course.figures.moe import draw_load, draw_routes, draw_trade
+from picotron_mini.course.figures.picture import Picture
 from picotron_mini.course.moe_runs import SUBJECTS, TOKENS, make_rows, routes, small, train
 from picotron_mini.course.museum import kill
-from picotron_mini.course.picture import Picture
+from picotron_mini.course.tasks import chapter_08_dispatch
 from picotron_mini.mesh import Mesh
 from picotron_mini.model import costs
 from picotron_mini.model.gpt import GPT, init_weights

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from picotron_mini.config import MeshShape, ModelConfig
-from picotron_mini.course.chapter_05 import slow_links
-from picotron_mini.course.in_order import messages_in_order
-from picotron_mini.course.saved import SavedBytes
-from picotron_mini.course.timeline import draw_timelines, merge, pretend, timed
+from picotron_mini.course.figures.timeline import draw_timelines, merge, pretend, timed
+from picotron_mini.course.instruments.in_order import messages_in_order
+from picotron_mini.course.instruments.saved import SavedBytes
+from picotron_mini.course.tasks.chapter_05 import slow_links
 from picotron_mini.launch import RankError
 from picotron_mini.mesh import Mesh
 from picotron_mini.model.costs import layer_activation_bytes

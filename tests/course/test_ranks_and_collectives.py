@@ -10,7 +10,7 @@ import torch
 
 from picotron_mini.collectives import ledger
 from picotron_mini.config import MeshShape
-from picotron_mini.course.collective_figures import COLLECTIVES, draw_collective, draw_mesh
+from picotron_mini.course.figures.collectives import COLLECTIVES, draw_collective, draw_mesh
 from picotron_mini.course.rings import (
     naive_all_reduce,
     ring_all_reduce,

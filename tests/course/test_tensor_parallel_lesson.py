@@ -10,9 +10,9 @@ import torch
 from picotron_mini import collectives
 from picotron_mini.config import MeshShape, ModelConfig
 from picotron_mini.course.exercises import exercise, judge
-from picotron_mini.course.picture import Picture
-from picotron_mini.course.tensor_figures import draw_heads, draw_pair, ranks_of_heads
-from picotron_mini.course.tensor_time import block_times, exchange_ratio, layer_of_width
+from picotron_mini.course.figures.picture import Picture
+from picotron_mini.course.figures.tensor import draw_heads, draw_pair, ranks_of_heads
+from picotron_mini.course.instruments.tensor_time import block_times, exchange_ratio, layer_of_width
 from picotron_mini.legality import layout_problems
 from picotron_mini.mesh import Axis
 from picotron_mini.model.costs import layer_flops

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from picotron_mini.config import MeshShape
-from picotron_mini.course.zero_figures import (
+from picotron_mini.course.figures.zero import (
     Passage,
     Watched,
     draw_passages,

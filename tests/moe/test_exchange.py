@@ -8,7 +8,7 @@ from torch import Tensor
 
 from picotron_mini.collectives import all_to_all_async, ledger
 from picotron_mini.config import MeshShape
-from picotron_mini.course.witness import Witness
+from picotron_mini.course.instruments.witness import Witness
 from picotron_mini.launch import RankError
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.moe import exchange

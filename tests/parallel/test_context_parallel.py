@@ -15,8 +15,8 @@ from torch import Tensor
 
 from picotron_mini.collectives import ledger
 from picotron_mini.config import MeshShape, ModelConfig, RunConfig, TrainConfig
-from picotron_mini.course.largest import Largest
-from picotron_mini.course.witness import Witness
+from picotron_mini.course.instruments.largest import Largest
+from picotron_mini.course.instruments.witness import Witness
 from picotron_mini.data.loader import Batch, data_rows
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh

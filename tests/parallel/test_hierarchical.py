@@ -13,7 +13,7 @@ from torch import nn
 
 from picotron_mini.collectives import ledger
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
-from picotron_mini.course.witness import Witness
+from picotron_mini.course.instruments.witness import Witness
 from picotron_mini.dry_run import dry_run
 from picotron_mini.legality import resolve
 from picotron_mini.matrix import optimizers_of, sample

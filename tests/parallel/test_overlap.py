@@ -9,7 +9,7 @@ import torch
 
 from picotron_mini.collectives import gather_from, ledger, scatter_to
 from picotron_mini.config import ConfigError, MeshShape, RunConfig
-from picotron_mini.course.tensor_overlap import exposed, order_of_work
+from picotron_mini.course.instruments.tensor_overlap import exposed, order_of_work
 from picotron_mini.data.loader import Batch
 from picotron_mini.launch import launch
 from picotron_mini.legality import resolve

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from picotron_mini.cli import main
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
-from picotron_mini.course.in_order import messages_in_order
+from picotron_mini.course.instruments.in_order import messages_in_order
 from picotron_mini.launch import RankError, launch
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh, coordinates

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from picotron_mini import collectives
 from picotron_mini.collectives import ledger
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, from_dict
-from picotron_mini.course.kept import kept
-from picotron_mini.course.witness import Witness
+from picotron_mini.course.instruments.kept import kept
+from picotron_mini.course.instruments.witness import Witness
 from picotron_mini.layout import Placement, Shard, split
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh, coordinates

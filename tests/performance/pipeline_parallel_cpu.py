@@ -21,7 +21,7 @@ from torch import Tensor
 
 from picotron_mini.collectives import receive, send
 from picotron_mini.config import MeshShape, ModelConfig
-from picotron_mini.course.timeline import merge, pretend, timed
+from picotron_mini.course.figures.timeline import merge, pretend, timed
 from picotron_mini.launch import launch
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.gpt import GPT, init_weights

@@ -13,7 +13,7 @@ import platform
 
 import torch
 
-from picotron_mini.course.tensor_time import block_times
+from picotron_mini.course.instruments.tensor_time import block_times
 from picotron_mini.launch import launch
 
 WIDTHS = (64, 128, 256, 512, 1024)

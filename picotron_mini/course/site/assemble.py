@@ -136,6 +136,6 @@ def _api(site: _Site) -> None:
         links = ", ".join(f"[{stem.replace('_', ' ')}]({up}lessons/{stem}.md)" for stem in lessons)
         text = f"# {title}\n\n" + (f"Taught in {links}.\n\n" if links else "") + f"::: {dotted(name)}\n"
         # A search must not show the answers of exercises to who looks for a word, nor how the site is made.
-        hidden = re.search(r"/course/(chapter_|exhibits_|site/)", name)
+        hidden = re.search(r"/course/(tasks|exhibits|site)/", name)
         _write(site, page, name, text, **({"search": "{ exclude: true }"} if hidden else {}))
     _write(site, "api/index.md", "", "\n".join(rows) + "\n", search="{ exclude: true }")  # each line is on its page too

@@ -1,0 +1,227 @@
+"""Exercises of chapter 07, several axes at once: what crosses between hosts, and over which axes a gradient is summed.
+
+Both are decided without ranks: the first by `mesh.axis_of` and `mesh.data_axis_of`, rank by rank; the second by
+`layout_of`, which `verify` holds to one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...config import AXES, MeshShape, RunConfig
+from ...legality import resolve
+from ...mesh import Mesh
+from ...parallel.parallelize import layout_of
+from ..exercises import Exercise, Mistake, NotAttempted
+from ..figures.layout import bytes_between_hosts
+from ..museum import MODEL, TRAIN
+
+Answer = Callable[..., Any]
+Sent = Mapping[tuple[str, str], int]
+
+
+# --- 1: what crosses between hosts ------------------------------------------------------------------------
+
+
+def across_stub(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    """How many of a rank's bytes belong to axes that have ranks on more than one host.
+
+    Args:
+        shape: `shape.pp`, `shape.dp`, `shape.cp`, `shape.tp`; ranks are numbered with tp fastest, then cp, dp, pp.
+            All sizes are powers of two.
+        ranks_per_host: hosts are filled rank by rank.
+        sent: bytes by (axis, operation). An axis is "pp", "dp", "cp" or "tp"; "dp_cp", the ranks that differ in dp or
+            cp; or "world", all ranks.
+    """
+    raise NotAttempted
+
+
+def across(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    """A group spans the product of its own axis and of all faster ones; if that is more than a host, it crosses."""
+    span = {"tp": shape.tp, "cp": shape.cp * shape.tp, "dp": shape.dp * shape.cp * shape.tp}
+    span |= {"dp_cp": span["dp"], "pp": shape.world_size, "world": shape.world_size}
+    return sum(n for (axis, _), n in sent.items() if span[axis] > ranks_per_host and _size(shape, axis) > 1)
+
+
+def _size(shape: MeshShape, axis: str) -> int:
+    sizes = {axis: getattr(shape, axis) for axis in AXES}
+    return {**sizes, "dp_cp": shape.dp * shape.cp, "world": shape.world_size}[axis]
+
+
+def _own_size_only(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    return sum(n for (axis, _), n in sent.items() if _size(shape, axis) > ranks_per_host)
+
+
+def _without_made_axes(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    return across(shape, ranks_per_host, {key: n for key, n in sent.items() if key[0] in AXES})
+
+
+def _dp_inside_cp(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    return bytes_between_hosts(sent, shape, ranks_per_host, ("pp", "cp", "dp", "tp"))
+
+
+_ACROSS: dict[str, tuple[Answer, str]] = {
+    "own size": (
+        _own_size_only,
+        "a group of 2 can lie on two hosts: its ranks are as far apart as all faster axes together are large",
+    ),
+    "tp slowest": (
+        lambda shape, per_host, sent: bytes_between_hosts(sent, shape, per_host, ("tp", "cp", "dp", "pp")),
+        "this numbers ranks with pp fastest; here tp is fastest, and pp slowest",
+    ),
+    "cp outside dp": (
+        _dp_inside_cp,
+        "cp lies between tp and dp: neighbours along dp are cp * tp ranks apart",
+    ),
+    "made axes forgotten": (
+        _without_made_axes,
+        "dp_cp and world are axes too: the first spans dp * cp * tp ranks, the second all",
+    ),
+    "everything": (
+        lambda shape, per_host, sent: sum(sent.values()) if shape.world_size > per_host else 0,
+        "an axis whose groups each lie inside one host sends nothing between hosts, however many hosts there are",
+    ),
+}
+_SHAPES = [
+    (MeshShape(pp, dp, cp, tp), per_host)
+    for pp in (1, 2)
+    for dp in (1, 2, 4)
+    for cp in (1, 2)
+    for tp in (1, 2, 4)
+    for per_host in (2, 4, 8)
+]
+
+
+def _example(shape: MeshShape) -> dict[tuple[str, str], int]:
+    """Different numbers for each axis that there is, so that a sum tells which were added."""
+    numbers = {"tp": 1, "cp": 10, "dp": 100, "dp_cp": 1000, "pp": 10_000, "world": 100_000}
+    there = [axis for axis in numbers if _size(shape, axis) > 1 and (axis != "dp_cp" or shape.cp > 1)]
+    return {(axis, "all_reduce"): numbers[axis] for axis in there}
+
+
+def _counted(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    """By asking the mesh, for every rank."""
+
+    def is_across(axis: str) -> bool:
+        everyone = (Mesh(shape, rank)[axis].ranks for rank in range(shape.world_size))
+        return any(len({rank // ranks_per_host for rank in ranks}) > 1 for ranks in everyone)
+
+    return sum(n for (axis, _), n in sent.items() if is_across(axis))
+
+
+def _run_across(answer: Answer) -> str | None:
+    def ask(fn: Answer) -> list[int]:
+        return [fn(shape, per_host, _example(shape)) for shape, per_host in _SHAPES]
+
+    got, want = ask(answer), ask(_counted)
+    if got == want:
+        return None
+    for wrong, hint in _ACROSS.values():
+        if got == ask(wrong):
+            return hint
+    at = next(i for i in range(len(want)) if got[i] != want[i])
+    shape, per_host = _SHAPES[at]
+    return f"{shape} with {per_host} ranks a host, sending {_example(shape)}: {want[at]} bytes, not {got[at]}"
+
+
+# --- 2: over which axes a gradient is summed --------------------------------------------------------------
+
+
+def summed_stub(kind: str, shape: MeshShape, sequence_parallel: bool) -> set[str]:
+    """The axes over which a parameter's gradient must be added up, so that every copy of it gets the whole.
+
+    Args:
+        kind: "matrix" (a weight that tensor parallelism cuts), "norm" (held whole by every tensor-parallel rank), or
+            "tied" (the embedding that is the output head too, cut over the vocabulary).
+        shape: sizes of the axes. Name only axes that are larger than 1.
+        sequence_parallel: whether a tensor-parallel rank sees its own tokens only at the norms.
+    """
+    raise NotAttempted
+
+
+def summed(kind: str, shape: MeshShape, sequence_parallel: bool) -> set[str]:
+    """An axis is in it if ranks along it hold the same numbers, and each computed a part of their gradient."""
+    axes = {"dp", "cp"}
+    if kind == "norm" and sequence_parallel:
+        axes.add("tp")
+    if kind == "tied":
+        axes.add("pp")
+    return {axis for axis in axes if getattr(shape, axis) > 1}
+
+
+_SUMMED: dict[str, tuple[Answer, str]] = {
+    "cp forgotten": (
+        lambda kind, shape, between: summed(kind, replace(shape, cp=1), between),
+        "ranks along cp hold the same weights and saw other tokens, as ranks along dp do",
+    ),
+    "tokens forgotten": (
+        lambda kind, shape, between: summed(kind, shape, False),
+        "with sequence parallelism each tensor-parallel rank computes a norm's gradient from its own tokens",
+    ),
+    "norms over tp": (
+        lambda kind, shape, between: summed(kind, shape, True),
+        "without sequence parallelism every tensor-parallel rank sees all tokens at the norms and has the whole "
+        "gradient already; a sum would multiply it by tp",
+    ),
+    "tie forgotten": (
+        lambda kind, shape, between: summed(kind, replace(shape, pp=1), between),
+        "a tied weight is on the first stage and on the last, and each has a part of its gradient",
+    ),
+    "slices added": (
+        lambda kind, shape, between: (
+            summed(kind, shape, between) | ({"tp"} if shape.tp > 1 and kind != "norm" else set())
+        ),
+        "tensor-parallel ranks hold different slices of a cut weight: there is nothing to add",
+    ),
+    "stages added": (
+        lambda kind, shape, between: summed(kind, shape, between) | ({"pp"} if shape.pp > 1 else set()),
+        "stages hold different layers; only what lies on two of them is summed over pp",
+    ),
+}
+_KINDS = {"matrix": "layers.0.mlp.up.weight", "norm": "layers.0.mlp_norm.weight", "tied": "embed.weight"}
+_MESHES = [MeshShape(pp, dp, cp, tp) for pp in (1, 2) for dp in (1, 2) for cp in (1, 2) for tp in (1, 2)]
+
+
+def _run_summed(answer: Answer) -> str | None:
+    cases = [(k, shape, between) for k in _KINDS for shape in _MESHES for between in (False, True)]
+
+    def ask(fn: Answer) -> list[set[str]]:
+        return [set(fn(*case)) for case in cases]
+
+    def says(kind: str, shape: MeshShape, between: bool) -> set[str]:
+        run = resolve(RunConfig(layout=str(shape), model=MODEL, train=replace(TRAIN, sequence_parallel=between)))
+        return {axis for axis in layout_of(run)[_KINDS[kind]].sum_axes if getattr(shape, axis) > 1}
+
+    got, want = ask(answer), ask(says)
+    if got == want:
+        return None
+    for wrong, hint in _SUMMED.values():
+        if got == ask(wrong):
+            return hint
+    at = next(i for i in range(len(want)) if got[i] != want[i])
+    kind, shape, between = cases[at]
+    return f"a {kind} on {shape}, sequence_parallel={between}: {sorted(want[at])}, not {sorted(got[at])}"
+
+
+EXERCISES = [
+    Exercise(
+        id="07.across",
+        title="What crosses between hosts",
+        task="Given the mesh, the ranks of a host and the bytes by axis, add up those of axes that cross hosts.",
+        stub=across_stub,
+        reference=across,
+        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _ACROSS.items()),
+        run=_run_across,
+    ),
+    Exercise(
+        id="07.summed",
+        title="Who holds a part of this gradient",
+        task="Name the axes over which the gradient of a matrix, a norm and a tied embedding is summed.",
+        stub=summed_stub,
+        reference=summed,
+        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _SUMMED.items()),
+        run=_run_summed,
+    ),
+]
