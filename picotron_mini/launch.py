@@ -48,8 +48,8 @@ _PEER_GONE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|remote process|Connection (refused|closed)|ncclRemote"
 )
 _context = get_context("forkserver")
-# The optimizers import the compiler at their first use: better once here than in every rank.
-_context.set_forkserver_preload(["picotron_mini.launch", "torch._dynamo"])
+# Imported once here, not in every rank; the optimizers import the compiler (torch._dynamo) at their first use.
+_context.set_forkserver_preload(["picotron_mini.launch", "torch._dynamo", "picotron_mini.train", "picotron_mini.verify"])
 
 
 class RankError(RuntimeError):
