@@ -482,7 +482,7 @@ def work():
 try:
     print(f"joined {launch(work, world_size=2)}\\n", end="", flush=True)  # one write: two ranks share the pipe
 except UserError as error:
-    print("refused", error, flush=True)
+    print(f"refused {error}\\n", end="", flush=True)
 assert not dist.is_initialized()
 # a thread of gloo that frees a tensor while Python ends aborts the process
 tasks = os.listdir("/proc/self/task") if sys.platform == "linux" else []
