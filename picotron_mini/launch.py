@@ -49,7 +49,7 @@ _PEER_GONE = re.compile(
 )
 _context = get_context("forkserver")
 # Imported once here, not in every rank; the optimizers import the compiler (torch._dynamo) at their first use.
-_context.set_forkserver_preload(["picotron_mini.launch", "torch._dynamo", "picotron_mini.train", "picotron_mini.verify"])
+_context.set_forkserver_preload(["torch._dynamo", *(f"picotron_mini.{each}" for each in ("launch", "train", "verify"))])
 
 
 class RankError(RuntimeError):
