@@ -7,6 +7,8 @@ SITE := .site
 LESSONS := $(patsubst lessons/%.py,.build/lessons/%,$(wildcard lessons/[0-9][0-9]_*.py))
 LIBRARY := $(shell find picotron_mini -name '*.py')
 CHECKED := picotron_mini tests $(wildcard lessons)
+# Two tests at a time: starting ranks leaves cores idle.
+PYTEST := $(BIN)/python -m pytest -n 2
 export NO_MKDOCS_2_WARNING := 1
 export HF_HUB_OFFLINE := 1
 
@@ -22,15 +24,15 @@ train: $(VENV)/core ## train a language model: all the GPUs there are, else 4 CP
 	$(BIN)/picotron-mini train
 
 test: $(VENV)/all lint ## check everything that this repository claims
-	$(BIN)/python -m pytest lessons --nbval --nbval-current-env --nbval-cell-timeout=120 \
+	$(PYTEST) --dist loadfile lessons --nbval --nbval-current-env --nbval-cell-timeout=120 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@# coverage is counted where that is cheap, and judged once, at the end
-	$(BIN)/python -m pytest tests -m slow --ignore tests/course
-	$(BIN)/python -m pytest tests/course -m slow --cov --cov-report= --cov-fail-under=0
-	$(BIN)/python -m pytest tests -m "not slow" --cov --cov-append --cov-report=term
+	$(PYTEST) --dist worksteal tests -m slow --ignore tests/course
+	$(PYTEST) --dist worksteal tests/course -m slow --cov --cov-report= --cov-fail-under=0
+	$(PYTEST) --dist worksteal tests -m "not slow" --cov --cov-append --cov-report=term
 
 quick: $(VENV)/all lint ## the checks of a few minutes
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(PYTEST) --dist worksteal tests -m "not slow"
 
 verify-all: $(VENV)/core ## verify every legal combination of techniques; goes on where it was interrupted
 	$(BIN)/python -m picotron_mini.verify_all summary/07_3d_parallel_verify_all.log

@@ -5,6 +5,7 @@ Without Chromium the tests in a browser are skipped and say so; under CI=true th
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -23,8 +24,22 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def site() -> Path:
-    """The folder of the built site. Any warning fails here; with `--quiet` MkDocs would not count them."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site, built by the first process that asks: all those of one test run read it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _built()
+    shared = tmp_path_factory.getbasetemp().parent / "site"
+    with shared.open("a+") as done:
+        fcntl.flock(done, fcntl.LOCK_EX)
+        done.seek(0)
+        if not done.read():
+            _built()
+            done.write("built")
+    return ROOT / ".site" / "html"
+
+
+def _built() -> Path:
+    """Any warning fails here; with `--quiet` MkDocs would not count them."""
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     for command in (["picotron_mini.course.site", ".", ".site/docs"], ["mkdocs", "build", "--strict"]):
         done = subprocess.run(
