@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from picotron_mini import collectives
-from picotron_mini.collectives import all_gather, copy_to, ledger, reduce_from
+from picotron_mini.collectives import all_gather, conjugate, copy_to, ledger, reduce_from
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
 from picotron_mini.course.figures.picture import GREY, LINES, drawing, figure, picture
@@ -195,7 +195,7 @@ assert paired_wire == 2 * 3 * T * 32 * 8 // 4 and naive_wire == 3 * paired_wire
 # 1909.08053, calls them $f$ and $g$.) Chapter 00 has shown them at work, and here is the code:
 
 # %% tags=["nbval-ignore-output"]
-for piece in (collectives._CopyTo, collectives._ReduceFrom, copy_to, reduce_from):
+for piece in (conjugate._CopyTo, conjugate._ReduceFrom, copy_to, reduce_from):
     print(inspect.getsource(piece))
 
 # %% [markdown]
@@ -968,7 +968,7 @@ assert amounts[4] > amounts[1] / 4 * 1.3
 # $[B, T, D]$ is in order as it arrives (`by_rows` above).
 
 # %% tags=["nbval-ignore-output"]
-for piece in (collectives._GatherFrom, collectives._ScatterTo):
+for piece in (conjugate._GatherFrom, conjugate._ScatterTo):
     print(inspect.getsource(piece))
 
 # %% [markdown]

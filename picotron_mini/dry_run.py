@@ -30,7 +30,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from .collectives import ledger, rehearsal
+from .collectives import ledger
+from .collectives.operators import rehearsal
 from .config import ConfigError, RunConfig
 from .data.loader import Batch
 from .memory.masters import SplitMasters

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from picotron_mini import collectives
-from picotron_mini.collectives import ledger
+from picotron_mini.collectives import conjugate, ledger, operators
 from picotron_mini.config import MeshShape
 from picotron_mini.course.instruments.witness import Witness
 from picotron_mini.launch import RankError
@@ -365,36 +365,36 @@ def test_sizes_that_do_not_fit_are_named(ranks) -> None:
 
 # Each entry breaks one collective in a rank, as a careless change of the library might.
 def _forgets_the_sum() -> None:
-    collectives.dist.all_reduce = lambda x, group, op=None, async_op=False: collectives.Done()
+    dist.all_reduce = lambda x, group, op=None, async_op=False: collectives.Done()
 
 
 def _only_maximum() -> None:
     real = dist.all_reduce
-    collectives.dist.all_reduce = lambda x, **options: real(x, **options | {"op": dist.ReduceOp.MAX})
+    dist.all_reduce = lambda x, **options: real(x, **options | {"op": dist.ReduceOp.MAX})
 
 
 def _gathers_backwards() -> None:
-    real = collectives._gather
-    collectives._gather = lambda out, x, group: (real(out, x, group=group), out.copy_(out.flip(0)))
+    real = operators.torch_all_gather
+    operators.torch_all_gather = lambda out, x, group: (real(out, x, group=group), out.copy_(out.flip(0)))
 
 
 def _scatters_to_the_next_rank() -> None:
-    real = collectives._scatter
-    collectives._scatter = lambda out, x, group: real(out, x.roll(out.shape[0], 0), group=group)
+    real = operators.torch_reduce_scatter
+    operators.torch_reduce_scatter = lambda out, x, group: real(out, x.roll(out.shape[0], 0), group=group)
 
 
 def _keeps_its_own() -> None:
-    collectives.dist.all_to_all_single = lambda out, x, group: out.copy_(x)
+    dist.all_to_all_single = lambda out, x, group: out.copy_(x)
 
 
 def _broadcasts_from_rank_zero() -> None:
     real = dist.broadcast
-    collectives.dist.broadcast = lambda x, src, group: real(x, src=0, group=group)
+    dist.broadcast = lambda x, src, group: real(x, src=0, group=group)
 
 
 def _receives_nothing() -> None:
     real = dist.irecv
-    collectives.dist.irecv = lambda buffer, source, group: real(torch.empty_like(buffer), source, group=group)
+    dist.irecv = lambda buffer, source, group: real(torch.empty_like(buffer), source, group=group)
 
 
 def _swaps_the_pair() -> None:
@@ -402,23 +402,23 @@ def _swaps_the_pair() -> None:
 
 
 def _forgets_backward() -> None:
-    collectives._CopyTo.backward = staticmethod(lambda ctx, grad: (grad, None))
+    conjugate._CopyTo.backward = staticmethod(lambda ctx, grad: (grad, None))
 
 
 def _sums_backward_too() -> None:
-    collectives._ReduceFrom.backward = staticmethod(lambda ctx, grad: (collectives._all_reduce(grad, "tp:0,1"), None))
+    conjugate._ReduceFrom.backward = staticmethod(lambda ctx, grad: (operators.all_reduce(grad, "tp:0,1"), None))
 
 
 def _scatters_without_gathering_back() -> None:
-    collectives._ScatterTo.backward = staticmethod(lambda ctx, grad: (torch.cat([grad] * ctx.size), None, None))
+    conjugate._ScatterTo.backward = staticmethod(lambda ctx, grad: (torch.cat([grad] * ctx.size), None, None))
 
 
 def _rotates_nothing() -> None:
-    collectives.dist.batch_isend_irecv = lambda operations: []
+    dist.batch_isend_irecv = lambda operations: []
 
 
 def _keeps_the_gradient() -> None:
-    collectives._Exchange.backward = staticmethod(lambda ctx, grad: (grad, None))
+    conjugate._Exchange.backward = staticmethod(lambda ctx, grad: (grad, None))
 
 
 BROKEN = [

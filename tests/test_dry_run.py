@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from picotron_mini import dry_run as module
-from picotron_mini.collectives import _all_reduce, ledger
+from picotron_mini.collectives import ledger, operators
 from picotron_mini.config import ConfigError, ModelConfig, MoEConfig, RunConfig
 from picotron_mini.dry_run import dry_run, sample, table
 from picotron_mini.legality import resolve
@@ -165,5 +165,5 @@ def test_the_table_names_what_differs() -> None:
 def test_real_steps_are_not_touched() -> None:
     """Outside of a rehearsal operators on meta tensors give shapes and count nothing."""
     with ledger.recording() as sent:
-        assert _all_reduce(torch.empty(3, device="meta"), "tp:0,1").shape == (3,)
+        assert operators.all_reduce(torch.empty(3, device="meta"), "tp:0,1").shape == (3,)
     assert not sent

@@ -14,7 +14,7 @@ Here every shape is known beforehand, whatever the routers decide:
     3 experts   of this rank; a token's outputs are weighed and added up, zeros if none of its experts is here
     4 scatter   add up the ranks' [ep N, D], keep this rank's tokens -> [N, D]
 
-Both exchanges have their gradients in `collectives.py`, where each is the other's. A weight has one from the rank that
+Both exchanges have their gradients in `collectives`, where each is the other's. A weight has one from the rank that
 has its expert, and zeros from all others.
 
 On a GPU nobody may ask how many rows there are either. Of K choices at most as many are here as there are slots, h, so

@@ -1,7 +1,7 @@
 """A picture of the bytes that each mesh axis carries in one training step, predicted and counted.
 
 The prediction is a formula evaluated before any process starts; the count comes from the ledger in
-collectives.py. They are drawn to one scale, the prediction as an outline above the filled count, so that two bars
+`collectives`. They are drawn to one scale, the prediction as an outline above the filled count, so that two bars
 of unequal length are a mistake in one of the two. Input is `traffic.json`.
 """
 

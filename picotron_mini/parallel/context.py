@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..collectives import _operator, rotate
+from ..collectives import rotate
+from ..collectives.operators import operator
 from ..mesh import Axis, axis_with_key
 from ..model.gpt import GPT, Block
 from .attention_kernels import attend_backward, attend_with_lse
@@ -100,7 +101,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, key
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse, ids
 
 
-@_operator(
+@operator(
     "ring_forward(Tensor q, Tensor k, Tensor v, Tensor? documents, str key, bool causal) -> (Tensor, Tensor, Tensor)",
     _fake_forward,
 )
@@ -136,7 +137,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-@_operator(
+@operator(
     "ring_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor ids, str key, bool causal)"
     " -> (Tensor, Tensor, Tensor)",
     lambda grad, q, k, v, *_: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..collectives import Work, _operator, all_gather_async, all_reduce_async, reduce_scatter_async
+from ..collectives import Work, all_gather_async, all_reduce_async, reduce_scatter_async
+from ..collectives.operators import operator
 from ..layout import split
 from ..mesh import Axis, axis_with_key
 
@@ -138,7 +139,7 @@ def _size(key: str) -> int:
     return key.count(",") + 1
 
 
-@_operator(
+@operator(
     "gather_and_multiply(Tensor x, Tensor[] weights, str key, int parts) -> Tensor[]",
     lambda x, weights, key, _: [x.new_empty((len(x) * _size(key), n)) for n in (x.shape[1], *map(len, weights))],
 )
@@ -155,7 +156,7 @@ def _gather_and_multiply(x: Tensor, weights: Sequence[Tensor], key: str, parts: 
     return [whole, *products]
 
 
-@_operator(
+@operator(
     "multiply_and_sum(Tensor h, Tensor weight, str key, int parts, bool sequence_parallel) -> Tensor",
     lambda h, weight, key, _, rows_only: h.new_empty((len(h) // (_size(key) if rows_only else 1), len(weight))),
 )
@@ -180,7 +181,7 @@ def _shapes_of_gradients(
     return [torch.empty_like(each) for each, want in zip((dx, *weights), wanted, strict=True) if want]
 
 
-@_operator(
+@operator(
     "enter_backward(Tensor[] dys, Tensor x, Tensor[] weights, str key, int parts, bool rows_only, bool[] wanted)"
     " -> Tensor[]",
     _shapes_of_gradients,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from picotron_mini import collectives
+from picotron_mini.collectives import operators
 from picotron_mini.config import MeshShape
 from picotron_mini.launch import launch
 from picotron_mini.mesh import Mesh
@@ -128,14 +129,14 @@ def test_a_compiled_block_computes_and_sends_the_same(sequence_parallel: bool) -
 
 def exchanged_in_order() -> list[bool]:
     seen: list[bool] = []
-    for name in ("_all_gather", "_reduce_scatter"):
-        real = getattr(collectives, name)
+    for name in ("all_gather", "reduce_scatter"):
+        real = getattr(operators, name)
 
         def noted(x: torch.Tensor, *rest: object, real: Callable[..., torch.Tensor] = real) -> torch.Tensor:
             seen.append(x.is_contiguous())
             return real(x, *rest)
 
-        setattr(collectives, name, noted)
+        setattr(operators, name, noted)
     one_block(False, True)
     return seen
 

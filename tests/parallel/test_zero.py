@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from picotron_mini import collectives
-from picotron_mini.collectives import ledger
+from picotron_mini.collectives import asynchronous, ledger, operators
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, from_dict
 from picotron_mini.course.instruments.kept import kept
 from picotron_mini.course.instruments.witness import Witness
@@ -725,19 +725,19 @@ def test_halves_of_an_axis(ranks: Ranks) -> None:
     assert results[2] == ([(2, 1, (0, 2)), (2, 0, (2, 6))], 1e0 + 1e2, 1e2 + 1e6)
 
 
-def asynchronous(break_it: str = "") -> tuple[dict[Any, int], dict[str, int]]:
+def started_and_waited_for(break_it: str = "") -> tuple[dict[Any, int], dict[str, int]]:
     """In a rank: the collectives against what one process computes, and who counted what."""
     axis = axis_of_world()
     if break_it == "gather":
-        real = collectives._gather
-        collectives._gather = lambda out, x, **options: real(out, x.flip(0), **options)
+        real = operators.torch_all_gather
+        operators.torch_all_gather = lambda out, x, **options: real(out, x.flip(0), **options)
     if break_it == "scatter":
-        real = collectives._scatter
-        collectives._scatter = lambda out, x, **options: real(out, x.roll(len(out)), **options)
+        real = operators.torch_reduce_scatter
+        operators.torch_reduce_scatter = lambda out, x, **options: real(out, x.roll(len(out)), **options)
     if break_it.endswith("_several"):
-        spread = collectives._Spread.wait
+        spread = asynchronous._Spread.wait
         left_out = axis.size if break_it == "gather_several" else 1  # the rows of what is not filled
-        collectives._Spread.wait = lambda self: None if len(self.whole) == left_out else spread(self)
+        asynchronous._Spread.wait = lambda self: None if len(self.whole) == left_out else spread(self)
     for coalesced in ("allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"):
         setattr(torch.distributed.ProcessGroup, coalesced, None)  # gloo's corrupts the heap
     every = [torch.arange(4.0 * axis.size).view(axis.size, 4) + 100 * rank for rank in range(axis.size)]
@@ -766,10 +766,10 @@ def asynchronous(break_it: str = "") -> tuple[dict[Any, int], dict[str, int]]:
 
 def test_asynchronous_collectives(ranks: Ranks) -> None:
     gathered, scattered = 2 * 12 + 4, (2 * 4 + 2) * 4 * WORLD
-    for counted, seen in ranks(asynchronous, world_size=WORLD):
+    for counted, seen in ranks(started_and_waited_for, world_size=WORLD):
         assert counted == {("dp", "all_gather"): gathered, ("dp", "reduce_scatter"): scattered}
         assert seen == {"all_gather": gathered, "reduce_scatter": scattered}
-    assert ranks(asynchronous, world_size=1) == [({}, {})]
+    assert ranks(started_and_waited_for, world_size=1) == [({}, {})]
 
 
 @pytest.mark.parametrize("which", ["gather", "scatter", "gather_several", "scatter_several"])
@@ -777,4 +777,4 @@ def test_broken_ones_are_noticed(ranks: Ranks, which: str) -> None:
     from picotron_mini.launch import RankError
 
     with pytest.raises(RankError, match=f"AssertionError: .*{which}"):
-        ranks(asynchronous, which, world_size=2)
+        ranks(started_and_waited_for, which, world_size=2)

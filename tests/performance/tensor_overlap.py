@@ -38,7 +38,7 @@ class _Nothing:
 
 def _leave_out() -> None:
     """Let the exchanges between tp ranks take no time; tensors keep their shapes."""
-    from picotron_mini import collectives
+    from picotron_mini.collectives import operators
     from picotron_mini.parallel import overlap
 
     def reduced(x: torch.Tensor, key: str) -> torch.Tensor:
@@ -50,7 +50,7 @@ def _leave_out() -> None:
     def scattered(x: torch.Tensor, key: str, size: int) -> torch.Tensor:
         return x.chunk(size)[0].clone()
 
-    collectives._all_reduce, collectives._all_gather, collectives._reduce_scatter = reduced, gathered, scattered
+    operators.all_reduce, operators.all_gather, operators.reduce_scatter = reduced, gathered, scattered
     for name in ("all_reduce_async", "all_gather_async", "reduce_scatter_async"):
         setattr(overlap, name, lambda *_: _Nothing())
 

@@ -51,7 +51,7 @@ def pages(site: Path) -> dict[Path, Page]:
 
 def test_there_are_pages(pages: dict[Path, Page], site: Path) -> None:
     names = {path.relative_to(site).as_posix() for path in pages}
-    assert {"index.html", "api/index.html", "api/collectives.html", "CONTRIBUTING.html"} <= names
+    assert {"index.html", "api/index.html", "api/collectives/plain.html", "CONTRIBUTING.html"} <= names
 
 
 def test_no_link_is_dead(pages: dict[Path, Page], site: Path) -> None:

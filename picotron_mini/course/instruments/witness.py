@@ -1,6 +1,6 @@
 """A second opinion on the ledger: what torch itself sees being handed to other ranks.
 
-The ledger of `collectives.py` counts where our code calls `torch.distributed`. If we forgot a line there, it would
+The ledger of `collectives` counts where our code calls `torch.distributed`. If we forgot a line there, it would
 never know. The witness asks one floor below: each call becomes an operator named `c10d::...`, and a *dispatch mode*
 is shown every operator that runs, forward, backward, sends and receives alike.
 
