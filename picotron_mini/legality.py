@@ -10,18 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from math import gcd, lcm
 
-from .config import (
-    ConfigError,
-    MeshShape,
-    ModelConfig,
-    MoEConfig,
-    RunConfig,
-    TrainConfig,
-    divisors,
-    model_problems,
-    nearest,
-)
+from .config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, divisors, nearest
 from .model.gpt import parameter_shapes
+from .model.legality import model_problems
 
 
 def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:

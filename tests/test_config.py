@@ -19,10 +19,10 @@ from picotron_mini.config import (
     RunConfig,
     TrainConfig,
     from_dict,
-    model_problems,
     to_dict,
 )
 from picotron_mini.legality import context_problems, layout_problems, resolve
+from picotron_mini.model.legality import model_problems
 
 MODEL = ModelConfig(vocab_size=100, hidden_size=48, intermediate_size=96, num_layers=3, num_heads=6, num_kv_heads=2)
 

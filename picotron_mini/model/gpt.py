@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from picotron_mini.config import ConfigError, ModelConfig, model_problems
+from picotron_mini.config import ConfigError, ModelConfig
+from picotron_mini.model.legality import model_problems
 from picotron_mini.model.moe import MoE, Pool, check_causal
 
 if TYPE_CHECKING:

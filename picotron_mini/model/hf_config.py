@@ -17,16 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from picotron_mini.config import (
-    ConfigError,
-    ModelConfig,
-    MoEConfig,
-    RopeScaling,
-    from_dict,
-    model_problems,
-    to_dict,
-)  # fmt: skip
+from picotron_mini.config import ConfigError, ModelConfig, MoEConfig, RopeScaling, from_dict, to_dict
 from picotron_mini.model.hf_experts import OWN, moe_kind
+from picotron_mini.model.legality import model_problems
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

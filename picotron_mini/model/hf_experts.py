@@ -26,8 +26,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from picotron_mini.config import ConfigError, ModelConfig, MoEConfig, model_problems
+from picotron_mini.config import ConfigError, ModelConfig, MoEConfig
 from picotron_mini.model.gpt import bias_shapes, initial_weight, parameter_shapes
+from picotron_mini.model.legality import model_problems
 
 OWN = "picotron_moe"
 _NAMES = {

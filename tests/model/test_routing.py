@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from picotron_mini.config import ConfigError, ModelConfig, MoEConfig, from_dict, model_problems, to_dict
+from picotron_mini.config import ConfigError, ModelConfig, MoEConfig, from_dict, to_dict
 from picotron_mini.model import routing
+from picotron_mini.model.legality import model_problems
 
 CONFIG = MoEConfig(num_experts=6, top_k=3)
 
