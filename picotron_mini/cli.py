@@ -1,104 +1,26 @@
 """The command line: `picotron-mini train | generate | verify | describe | plan | bench | progress`.
 
-All settings of `RunConfig` are flags, without prefixes, in every command that has them: `--layout dp=2,tp=2` (or just
-`dp=2,tp=2`), `--seq-len 512`, ... They change a preset (`--preset laptop`) or a file (`--config run.toml`, `.yaml` or
-`.json`, with the names of `RunConfig`), in this order: preset, file, flags. A flag of experts (`--num-experts 8`) makes
-a dense model a mixture.
+What their arguments mean is in `flags.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
-import re
 import shutil
 import signal
 import sys
 import time
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
-import tyro
-import yaml
-
-from .config import ConfigError, Device, Dtype, MoEConfig, RunConfig, UserError, from_dict, to_dict
-from .presets import PRESETS, preset
+from .config import ConfigError, RunConfig, UserError
+from .flags import Bench, Generate, Plan, Progress, Run, Verify, name_bare_layout, parse
+from .presets import PRESETS
 
 # What needs torch is imported inside the commands, so that `--help` and a misspelt command answer at once.
 
-
-@dataclass(frozen=True)
-class Run:
-    """Settings of a run."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True)
-class Verify(Run):
-    """Compare a layout with one device, on random tokens, with SGD and with AdamW.
-
-    Sizes, dtype, schedule, freezing and compiling count; text, tokenizer, --optimizer and --batch-size do not. Without
-    a layout or any other flag, every technique alone and some combinations are compared, on at most 8 ranks.
-    """
-
-    json: bool = False  # print a JSON object (one a line) in place of a table; null: an error that is no number
-
-
-@dataclass(frozen=True)
-class Bench(Run):
-    """Measure the speed of a layout."""
-
-    json: bool = False  # print one JSON object instead of a table
-    warmup: int = 3  # steps before the measured ones
-    profile: bool = False  # one more step under a profiler: how much communication is waited for (GPUs)
-
-
-@dataclass(frozen=True)
-class Plan(Run):
-    """Rank the legal layouts by predicted speed, or look at one: LAYOUT, and with --dry-run its ranks' own code."""
-
-    json: bool = False  # print one JSON object instead of a table
-    ranks: int = 0  # 0: the layout's, else the GPUs or cores of this machine
-    machine: str = "this"  # this one, measured; or h100, h100-cluster, or a file that was measured elsewhere
-    measure: bool = False  # measure this machine also if it is known
-    memory_gib: float = 0.0  # of each rank; 0: the machine's
-    link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
-    host_link_gb_s: float = 0.0  # ... between hosts, for each rank
-    ranks_per_host: int = 0  # 0: the machine's
-    skew: str = "1"  # the busiest rank's load of experts over the even one, after placement; or a run that measured it
-    dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Let a trained model write."""
-
-    folder: Annotated[str, tyro.conf.Positional]  # a run's folder, or a folder of Hugging Face weights
-    prompt: Annotated[str, tyro.conf.Positional] = "def "  # what to continue
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 50  # draw among this many tokens; 0: all
-    seed: int = 0
-    device: Device = "auto"  # auto: cuda if there is one, else cpu
-    dtype: Dtype = "float32"  # of the weights and the compute
-    layout: str = "1"  # over how many ranks the model is spread, as tp=2,pp=2; 1: one device
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Show which exercises of the lessons are passed."""
-
-
-# those of the settings of a mixture of experts, which a dense model has not: a parser would not know them
-EXPERT_FLAGS = {f"--{name.replace('_', '-')}" for name in MoEConfig.__dataclass_fields__}
-
-C = TypeVar("C")
 STOPPED = 128 + signal.SIGINT  # the exit status of a run that was asked to end early
 
 
@@ -163,107 +85,6 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-def _parse(kind: type[C], name: str, args: list[str], run: RunConfig | None = None) -> C:
-    """Read the flags of a command; `run` is what holds where neither preset nor file says otherwise."""
-    base: dict[str, Any] = {}
-    if run is not None:
-        args, chosen = _take(args, "--preset")
-        args, file = _take(args, "--config")
-        if chosen is not None:
-            run = preset(chosen)
-        if file is not None:
-            run = _merge(run, read_config(Path(file)))
-        args = _name_bare_layout(args)
-        if run.model.moe is None and any(arg.split("=")[0].replace("_", "-") in EXPERT_FLAGS for arg in args):
-            run = replace(run, model=replace(run.model, moe=MoEConfig()))
-        base["default"] = kind(run=run)  # type: ignore[call-arg]
-    if sum(arg.split("=")[0] == "--layout" for arg in args) > 1:
-        raise ConfigError("the layout is given more than once; write all axes as one, as dp=2,tp=2")
-    flags = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
-    described = (kind.__doc__ or "") + (f" Also --preset {{{','.join(PRESETS)}}} and --config FILE." if base else "")
-    if run is not None and run.model.moe is None:
-        described += " A flag of experts makes the model a mixture: " + ", ".join(sorted(EXPERT_FLAGS)) + "."
-    boxed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(boxed):
-            return tyro.cli(kind, prog=f"picotron-mini {name}", description=described, args=args, config=flags, **base)
-    except SystemExit as end:
-        if not end.code:  # it was --help
-            raise
-        # tyro writes a title and draws a box or rules around the message and its hints, in colour on a terminal;
-        # told here as one line, as all other errors are
-        plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│]", "", boxed.getvalue()).splitlines()[1:]
-        message = re.sub(r"\.? [─-]{3,} ", ". ", " ".join(line.strip() for line in plain)).strip(" .─-")
-        raise ConfigError(message) from end
-
-
-def _take(args: list[str], flag: str) -> tuple[list[str], str | None]:
-    """Remove `flag VALUE` or `flag=VALUE` from the arguments."""
-    for i, arg in enumerate(args):
-        if arg == flag:
-            if i + 1 == len(args):
-                raise ConfigError(f"{flag} needs a value")
-            return args[:i] + args[i + 2 :], args[i + 1]
-        if arg.startswith(flag + "="):
-            return args[:i] + args[i + 1 :], arg.removeprefix(flag + "=")
-    return args, None
-
-
-def _name_bare_layout(args: list[str]) -> list[str]:
-    """`dp=2,tp=2` by itself means `--layout dp=2,tp=2`; after a flag that takes any text it is that flag's value.
-
-    Whatever stands first and is no flag is meant as a layout, so that a wrong one is told what is wrong with it.
-    """
-    out: list[str] = []
-    for arg in args:
-        like_a_layout = re.fullmatch(r"[a-z]+=\d+(,[a-z]+=\d+)*", arg)
-        if (like_a_layout and (not out or out[-1] not in ("--layout", "--name", "--out"))) or (
-            not out and not arg.startswith("-")
-        ):
-            out.append("--layout")
-        out.append(arg)
-    return out
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read settings from a .toml, .yaml, .yml or .json file.
-
-    Raises:
-        ConfigError: it is missing, cannot be parsed, or is of another kind.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            values = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(text)
-        elif path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            raise ConfigError(f"{path}: settings are read from .toml, .yaml or .json files")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read settings from {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no settings; write for example  layout: dp=2,tp=2")
-    return values
-
-
-def _merge(run: RunConfig, values: dict[str, Any]) -> RunConfig:
-    def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        both = {
-            k: merge(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()
-        }
-        return old | both
-
-    return from_dict(RunConfig, merge(to_dict(run), values))
-
-
-def _on_gpu(run: RunConfig) -> bool:
-    import torch
-
-    return run.train.device == "cuda" or (run.train.device == "auto" and torch.cuda.is_available())
-
-
 def _default_preset() -> RunConfig:
     import torch
 
@@ -282,7 +103,7 @@ def begin() -> None:
 
 def train_command(args: list[str]) -> int:
     """train a language model on real text"""
-    wanted = _parse(Run, "train", args, _default_preset())
+    wanted = parse(Run, "train", args, _default_preset())
     from .train import train
 
     begin()
@@ -292,7 +113,7 @@ def train_command(args: list[str]) -> int:
 
 def generate_command(args: list[str]) -> int:
     """let a trained model write"""
-    wanted = _parse(Generate, "generate", args)
+    wanted = parse(Generate, "generate", args)
     from .write import Wish, write
 
     begin()
@@ -308,7 +129,7 @@ def verify_command(args: list[str]) -> int:
 
     if not args or args == ["--json"]:
         return _verify_matrix(as_json=bool(args))
-    wanted = _parse(Verify, "verify", args, RunConfig(layout="dp=2,tp=2", model=MODEL, train=TRAIN))
+    wanted = parse(Verify, "verify", args, RunConfig(layout="dp=2,tp=2", model=MODEL, train=TRAIN))
     import torch
 
     run = wanted.run
@@ -350,7 +171,7 @@ def _verify_matrix(as_json: bool) -> int:
 
 def describe_command(args: list[str]) -> int:
     """show where each parameter of a layout lives, and what is sent"""
-    wanted = _parse(Run, "describe", args, PRESETS["laptop"])
+    wanted = parse(Run, "describe", args, PRESETS["laptop"])
     import torch
 
     from .legality import resolve
@@ -370,12 +191,12 @@ def describe_command(args: list[str]) -> int:
 
 def plan_command(args: list[str]) -> int:
     """rank layouts by predicted speed and memory, for any number of ranks"""
-    wanted = _parse(Plan, "plan", args, replace(PRESETS["laptop"], layout="auto"))
+    wanted = parse(Plan, "plan", args, replace(PRESETS["laptop"], layout="auto"))
     from .planner import Wish, answer
 
     run = wanted.run
     run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size))
-    if not any(arg.partition("=")[0] == "--layout" for arg in _name_bare_layout(args)):
+    if not any(arg.partition("=")[0] == "--layout" for arg in name_bare_layout(args)):
         run = replace(run, layout="auto")  # a preset's or a file's is only one of those to be compared
     found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}), _width())
     if wanted.json:
@@ -387,7 +208,7 @@ def plan_command(args: list[str]) -> int:
 
 def bench_command(args: list[str]) -> int:
     """measure tokens per second, MFU and memory of a layout"""
-    wanted = _parse(Bench, "bench", args, PRESETS["laptop"])
+    wanted = parse(Bench, "bench", args, PRESETS["laptop"])
     from .bench import bench, table
     from .launch import first_rank
 
@@ -404,7 +225,7 @@ def bench_command(args: list[str]) -> int:
 
 def progress_command(args: list[str]) -> int:
     """show which exercises of the lessons you have passed"""
-    _parse(Progress, "progress", args)
+    parse(Progress, "progress", args)
     from .course.progress import progress_table
 
     _print(progress_table())

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from picotron_mini import train as train_module
-from picotron_mini.cli import COMMANDS, main, read_config
+from picotron_mini.cli import COMMANDS, main
 from picotron_mini.config import (
     DataConfig,
     ModelConfig,
@@ -29,6 +29,7 @@ from picotron_mini.config import (
     from_dict,
     to_dict,
 )
+from picotron_mini.flags import read_config
 from picotron_mini.presets import PRESETS
 
 TINY = [

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from picotron_mini import verify_all as runner
-from picotron_mini.cli import Verify, _parse, main
+from picotron_mini.cli import main
 from picotron_mini.config import AXES, MeshShape, RunConfig
+from picotron_mini.flags import Verify, parse
 from picotron_mini.launch import RankError, launch
 from picotron_mini.legality import resolve
 from picotron_mini.matrix import (
@@ -88,7 +89,7 @@ def test_the_flags_ask_for_the_very_run() -> None:
     """So a line of a log is a command."""
     for run in random.Random(0).sample(ALL, 40) + sample(10, 1):
         default = RunConfig(layout="dp=2,tp=2", model=MODEL, train=TRAIN)
-        asked = _parse(Verify, "verify", shlex.split(flags(run)), default).run
+        asked = parse(Verify, "verify", shlex.split(flags(run)), default).run
         asked = resolve(replace(asked, train=replace(asked.train, batch_size=0, steps=run.train.steps)))
         assert asked == run, flags(run)
 

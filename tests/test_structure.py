@@ -49,6 +49,7 @@ LEVELS = {
     "verify_all": 8,
     "course": 9,
     "train": 9,
+    "flags": 9,
     "cli": 10,
     "__main__": 11,
 }
