@@ -110,6 +110,9 @@ for layout, train in (("dp=64", {}), ("dp=64", {"zero": 3}), ("cp=64", {}), ("pp
 # %% [markdown]
 # Read it line by line.
 #
+# (*Sent* is rank 0's payload. Of an all_gather that is a rank's own part: ZeRO 3 fetches 64 times its 4.4 GB of
+# weights. A middle stage of a pipeline sends twice what the first does.)
+#
 # - **dp** copies everything: 18 bytes a parameter on each rank, sixteen devices' worth. ZeRO 3 cuts that by 64, and
 #   then the weights travel for every micro-batch. And dp ends where the batch ends: 64 sequences are 64 ranks. A
 #   thousand ranks would need a batch of a thousand.
@@ -119,7 +122,7 @@ for layout, train in (("dp=64", {}), ("dp=64", {"zero": 3}), ("cp=64", {}), ("pp
 #   products, waited for. Over a slow link that is hopeless.
 #
 # No axis does it. But their limits are of different kinds, so they can be *multiplied*: tp=8 inside a host cuts
-# everything by 8, pp=4 again by 4, and for dp there are 2 replicas left.
+# all matrices by 8, pp=4 again by 4, and for dp there are 2 replicas left.
 
 # %%
 together = large("dp=2,tp=8,pp=4", zero=1, sequence_parallel=True, recompute="full")
@@ -353,12 +356,13 @@ assert (
 # %% [markdown]
 # Read a column. What dp sends is halved by tp and by pp, which cut the weights, and by nothing else. What tp sends is
 # halved by everything that leaves a rank fewer tokens or fewer layers. What cp sends is halved by dp and pp for the
-# same reason, and by tp, which shares out the key-value heads. What pp sends depends on a rank's tokens alone.
+# same reason, and by tp, which shares out the key-value heads. What pp sends depends on a rank's tokens alone
+# (with sequence parallelism, each tp rank sends its own).
 #
 # Now the diagonal: **no axis lowers its own traffic.** Twice as many tp ranks each still send all hidden states, and
 # have half as much to compute between. Only the *other* axes lower it. That is the reason for the shape that many large
-# runs have: tp up to a host and no further, then pp or cp, and dp for the rest. (Payload: on the wire a ring adds a
-# factor between 1 and 2.)
+# runs have: tp up to a host and no further, then pp or cp, and dp for the rest. (Payload: a ring of n moves
+# 2(n-1)/n of an all_reduce's, (n-1)/n of a reduce_scatter's, and n-1 times an all_gather's.)
 #
 # That the formulas are the truth, to the byte, we take from the 16 ranks above:
 
@@ -649,7 +653,8 @@ check("07.summed", summed)
 # %% [markdown]
 # **3. The norm of a gradient that nobody has whole.** On dp=2,tp=2,pp=2 each rank holds slices. Return the norm of the
 # one global gradient, the same on all eight ranks. `layout[name].counts(coordinates(mesh.shape, mesh.rank))` says
-# whether this rank is the first of those that hold the same numbers; `all_reduce(x, mesh["world"])` sums.
+# whether this rank is the first of those that hold the same numbers; `all_reduce(x, mesh["world"])` of
+# `picotron_mini.collectives` sums. Some ranks count nothing: begin with `torch.zeros((), dtype=torch.float64)`.
 
 
 # %%

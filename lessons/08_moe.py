@@ -103,8 +103,8 @@ assert (
 
 # %% [markdown]
 # The flops of the first, the parameters of the third. That is the whole idea (arXiv 1701.06538). It is also the whole
-# price: the memory is that of the third, and no token uses it. For an expert's three matrices and a router's one, a
-# layer has
+# price: the memory is that of the third, and a token uses a part of it only. For an expert's three
+# matrices and a router's one, a layer has
 #
 # $$E \, D + 3 E D I \quad \text{weights, of which a token meets} \quad E D + 3 K D I$$
 #
@@ -214,7 +214,8 @@ print(inspect.getsource(Experts.forward))
 # %% [markdown]
 # What does all the sorting cost? On one CPU core, for widths from 128 to 512, 6 to 22% of the experts' own forward, and
 # at most 7% of forward and backward; the naive way takes 4.2 to 4.8 times as long
-# ([log](../summary/08_moe_cpu.log)). On a GPU products gain more than copies do, so expect a larger share there.
+# ([log](../summary/08_moe_cpu.log)). On a GPU products gain more than copies do:
+# on an H100 it was half of the experts' time ([write-up](../summary/08_moe.md#measured-performance)).
 #
 # ## Routing: who decides?
 #
@@ -283,7 +284,7 @@ else:
 #
 # An expert that is chosen learns. What has learnt is better, so it is chosen more. Nothing in the loss stands against
 # it. We train a small model on a text of four subjects (sums, the alphabet, sentences, sequences of numbers), a
-# sequence of 32 characters about one of them. Eight experts, one for each token, 150 steps, on one device:
+# sequence of 32 characters about one of them. Eight experts, of which a token passes one, 150 steps, on one device:
 
 # %%
 for subject in range(4):
@@ -581,7 +582,7 @@ for layout, report in reports.items():
 #
 # $$ep \left( 1 - \binom{E - E/ep}{K} \Big/ \binom{E}{K} \right)$$
 #
-# rows: one minus the chance that a rank has none of its experts, for each rank.
+# rows: one minus the chance that a rank has none of the token's experts, for each rank.
 
 # %%
 for number, k, ep in ((8, 2, 2), (8, 2, 8), (64, 8, 8), (256, 8, 32)):
@@ -638,8 +639,8 @@ for name, kept in (("room of a rank", kept_by_rank), ("room of a sequence", kept
     assert (max(changed) > 0) == (kept is kept_by_rank)
 
 # %% [markdown]
-# The order in the queue is fixed too: by position, then by the order of a token's choices. Under context parallelism a
-# sequence lies on several ranks, so they tell each other their choices first, and all decide the same:
+# The order in the queue is fixed too: by position. (A token stands in an expert's queue at most once.) Under context
+# parallelism a sequence lies on several ranks, so they tell each other their choices first, and all decide the same:
 
 # %%
 tight = replace(MIXTURE, moe=replace(MIXTURE.moe, capacity=0.5))
@@ -651,9 +652,11 @@ print("capacity 0.5 on dp=2,cp=2,ep=2: the same tokens are dropped as on one dev
 # ## Placement: which expert where
 #
 # All ranks wait for the busiest. If loads differ, the placement by number is a bad one, and better ones cost nothing
-# but a move. Greedy, longest first: the busiest expert to the rank that has least so far and a slot left.
+# but a move. Greedy, longest first: the busiest expert to the rank that has least so far and a slot left
+# (`pack`). An order lists the expert in each slot, rank by rank.
 
 # %% tags=["nbval-ignore-output"]
+print(inspect.getsource(placement.pack))
 print(inspect.getsource(placement.by_load))
 
 # %%
@@ -674,7 +677,7 @@ for ranks in (2, 4):
 # %%
 for replicas in (1, 2):
     after = by_load(load, 4, by_number(8, 4, replicas))
-    print(f"4 ranks, {replicas} more slots each: {imbalance(load, after, 4):.2f}; order of experts {after}")
+    print(f"4 ranks, {replicas} more a rank: {imbalance(load, after, 4):.2f}; order of experts {after}")
 assert imbalance(load, by_load(load, 4, by_number(8, 4, 1)), 4) < 1.06
 
 # %% [markdown]
@@ -684,7 +687,7 @@ assert imbalance(load, by_load(load, 4, by_number(8, 4, 1)), 4) < 1.06
 load_of_run = runs["nothing"].load[-20:].mean(0).tolist()
 for ranks in (2, 4, 8):
     before, after = (imbalance(load_of_run, o, ranks) for o in (by_number(8), by_load(load_of_run, ranks)))
-    print(f"{ranks} ranks: {before:.2f} -> {after:.2f}; no placement can be below {max(load_of_run) * ranks:.2f} or 1")
+    print(f"{ranks} ranks: {before:.2f} -> {after:.2f}; none can be below {max(1, max(load_of_run) * ranks):.2f}")
 
 # %% [markdown]
 # Placement cures an unlucky order and not a collapse. Now move experts in the middle of a run: two ranks, a router with
@@ -809,7 +812,7 @@ check("08.mixture", mixture_of)
 
 # %% [markdown]
 # **2. Which choices find room.** Every expert takes `capacity` rows of each sequence; earlier positions first, and of
-# one token the better choice first.
+# one token the better choice first (which decides nothing: it stands in an expert's queue at most once).
 
 
 # %%
@@ -895,7 +898,7 @@ kill("08.weights_without_gradient", my_test)
 # %% [markdown]
 # More of this room: `08.swapped_splits`, `08.experts_of_the_first_rank`, `08.router_gradient_lost`,
 # `08.auxiliary_loss_of_nobody`, `08.balance_of_each_rank`. Which of them would a test on two ranks with equal loads
-# miss?
+# miss? (`08.swapped_splits`: equal lists are the same when swapped.)
 #
 # ## On GPUs
 #
