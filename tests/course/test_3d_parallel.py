@@ -107,7 +107,12 @@ def test_more_than_one_layout_is_within_the_budget_and_few_are() -> None:
 
 def test_the_budget_refuses_other_work() -> None:
     hint = chapter_07_ranks._run_choose(lambda: ("dp=8", {"batch_size": 1}))
-    assert hint == "the library refuses it: batch_size belongs to the work, which stays as it is"
+    assert hint is not None and hint.startswith("batch_size is not yours to set: settings are zero, ")
+
+
+def test_the_budget_wants_a_layout_and_settings() -> None:
+    hint = chapter_07_ranks._run_choose(lambda: "dp=8")
+    assert hint == """return a layout and a dict of settings, as ("dp=8", {"zero": 1}), not 'dp=8'"""
 
 
 def knows_its_place(mesh: Mesh) -> None:

@@ -89,6 +89,24 @@ def _stages_added(squared: float, mesh: Mesh) -> float:
     return float(all_reduce(torch.tensor(squared, dtype=torch.float64), mesh["pp"]))
 
 
+def _each_root(gradients: Mapping[str, Tensor], layout: Layout, mesh: Mesh) -> float:
+    index = coordinates(mesh.shape, mesh.rank)
+    mine = [g.double().norm() for name, g in gradients.items() if layout[name].counts(index)]
+    return float(all_reduce(sum(mine, torch.zeros((), dtype=torch.float64)), mesh["world"]))
+
+
+def _without_root(gradients: Mapping[str, Tensor], layout: Layout, mesh: Mesh) -> float:
+    index = coordinates(mesh.shape, mesh.rank)
+    mine = _squares(g for name, g in gradients.items() if layout[name].counts(index))
+    return float(all_reduce(mine, mesh["world"]))
+
+
+def _own_stage(gradients: Mapping[str, Tensor], layout: Layout, mesh: Mesh) -> float:
+    index = coordinates(mesh.shape, mesh.rank)
+    mine = _squares(g for name, g in gradients.items() if layout[name].counts(index))
+    return math.sqrt(float(all_reduce(mine, mesh["tp"])))
+
+
 def _roots_added(gradients: Mapping[str, Tensor], layout: Layout, mesh: Mesh) -> float:
     index = coordinates(mesh.shape, mesh.rank)
     mine = _squares(g for name, g in gradients.items() if layout[name].counts(index)).sqrt()
@@ -114,6 +132,12 @@ _NORMS: dict[str, tuple[Answer, str]] = {
         "right for all but the tied embedding, which is one parameter and lies on the first and the last stage",
     ),
     "roots added": (_roots_added, "norms do not add up, their squares do: take the root after the sum"),
+    "a root of each": (_each_root, "norms of parameters do not add up, their squares do: take the root after the sum"),
+    "no root": (_without_root, "this is the square of the norm"),
+    "over tp only": (
+        _own_stage,
+        "another stage's share is missing, and copies over dp, which do not count, say nothing: all ranks need the sum",
+    ),
 }
 
 
@@ -162,7 +186,7 @@ def choose_stub() -> tuple[str, dict[str, Any]]:
     """A layout of 8 ranks, 4 a host, and settings beside it, such as ("dp=8", {"zero": 1}).
 
     Settings may be `zero`, `sequence_parallel`, `context` and `schedule`. The work is `WORK_MODEL` and `WORK` of
-    `course.chapter_07_ranks`: 8 sequences of 16 tokens a step, in micro-batches of one, float32, AdamW.
+    `course.tasks.chapter_07_ranks`: 8 sequences of 16 tokens a step, in micro-batches of one, float32, AdamW.
 
     Returns:
         One that is legal, whose ranks each keep at most MEMORY bytes from step to step (weights, gradients, optimizer)
@@ -180,11 +204,8 @@ def settle(layout: str, settings: dict[str, Any]) -> RunConfig:
     """The run that an answer means.
 
     Raises:
-        ConfigError: it is not legal, or a setting is not one of the four.
+        ConfigError: it is not legal.
     """
-    extra = sorted(set(settings) - {"zero", "sequence_parallel", "context", "schedule"})
-    if extra:
-        raise ConfigError(f"{', '.join(extra)} belongs to the work, which stays as it is")
     return resolve(RunConfig(layout=layout, model=WORK_MODEL, train=replace(WORK, **settings)))
 
 
@@ -225,7 +246,15 @@ _WHOLE_TOKENS = (
 _BOTH = "a rank keeps too much, and sends too much between hosts: what is copied on every rank is also summed there"
 
 
+CHOICES = ("zero", "sequence_parallel", "context", "schedule")
+
+
 def _refusal(layout: str, settings: dict[str, Any]) -> str:
+    extra = ", ".join(sorted(set(settings) - set(CHOICES)))
+    if extra:
+        return (
+            f"{extra} is not yours to set: settings are {', '.join(CHOICES)}, and the rest of the work stays as it is"
+        )
     try:
         settle(layout, settings)
     except ConfigError as error:
@@ -234,7 +263,10 @@ def _refusal(layout: str, settings: dict[str, Any]) -> str:
 
 
 def _run_choose(answer: Answer) -> str | None:
-    layout, settings = answer()
+    said = answer()
+    if not (isinstance(said, tuple) and len(said) == 2 and isinstance(said[0], str) and isinstance(said[1], dict)):
+        return f'return a layout and a dict of settings, as ("dp=8", {{"zero": 1}}), not {said!r}'
+    layout, settings = said
     refused = _refusal(layout, settings)
     if refused:
         return refused
