@@ -185,6 +185,8 @@ print("rows of each expert:    ", small_choice.flatten().bincount(minlength=3).t
 # %% [markdown]
 # `order // K` is the token of a choice, because the choices of token $t$ are those from $tK$ on. The inverse of `order`
 # (`place`) brings the rows back. In the library it is this, with room for choices that were dropped (-1, later):
+# (`passes` are the sort and the copies, compiled or not; `routed` says how many rows to make, where the host need not
+# ask; `is_meta` is for rehearsals without memory.)
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(local_dispatch))
