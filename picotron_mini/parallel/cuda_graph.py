@@ -23,7 +23,7 @@ gradients up on the stream on which the parameters' nodes were made (`own_stream
 PyTorch's own: `torch.cuda.make_graphed_callables` for a module, `torch.compile(mode="reduce-overhead")` for each
 compiled piece. Neither takes in the whole step, with the collectives that run beside backward.
 
-Source: CUDA C++ Programming Guide, "CUDA Graphs"; over a whole iteration with NCCL: MLPerf's BERT and GPT of NVIDIA.
+Source: CUDA C++ Programming Guide, "CUDA Graphs".
 """
 
 from __future__ import annotations
