@@ -337,6 +337,8 @@ def _process_group(rank: int, size: int, local_rank: int, device: str, store: St
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         options |= {"backend": "nccl", "device_id": torch.device("cuda", local_rank)}
+        # a group's messages go one after the other, says torch at the first one: `Mesh.build` counts on it
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     if store is not None:
         options["store"] = store
         if device == "cpu":  # all ranks are on this machine: stay on the loopback

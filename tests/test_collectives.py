@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -292,6 +293,14 @@ def test_recordings_nest_and_end(ranks) -> None:
         assert outer == {("pp", "all_reduce"): 24}
         assert inner == {("pp", "all_reduce"): 8}
         assert broken == {}
+
+
+def test_recordings_that_counted_the_same_end_one_by_one() -> None:
+    with ledger.recording() as outer:
+        with ledger.recording() as inner:
+            pass  # both are empty, and so equal
+        ledger.again(Counter({("tp", "all_reduce"): 8}))
+    assert (outer, inner) == ({("tp", "all_reduce"): 8}, {})
 
 
 # --- compiled ---------------------------------------------------------------------------------------------

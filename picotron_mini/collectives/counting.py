@@ -32,7 +32,7 @@ class Ledger:
         try:
             yield counter
         finally:
-            self._open.remove(counter)
+            self._open = [each for each in self._open if each is not counter]  # another may be equal to it
 
     def __reduce__(self) -> str:
         # A function that names the ledger travels to a rank by value. It must meet the rank's own ledger there, not
