@@ -80,11 +80,6 @@ def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> 
             "dispatch_payload=bf16 narrows nothing with dtype=bfloat16, in which tokens travel as they are; "
             "use dispatch_payload=fp8 or same"
         )
-    if train.dispatch == "allgather" and train.dispatch_parts > 1:
-        found.append(
-            f"dispatch=allgather takes all tokens to experts at once, and dispatch_parts={train.dispatch_parts} cuts "
-            "them; use dispatch_parts=1, or dispatch=alltoall"
-        )
     if train.dispatch == "allgather" and train.dispatch_payload != "same":
         found.append(
             f"dispatch=allgather adds up what experts make on its way back, and dispatch_payload="

@@ -126,6 +126,11 @@ def _evenly(parts: Sequence[Tensor], ranks: int, expected: Callable[[int], int])
     return [[(rank + 1) * n // ranks - rank * n // ranks for n in rows] for rank in range(ranks)]
 
 
+def part_sizes(tokens: int, parts: int) -> list[int]:
+    """How many tokens each part has."""
+    return [end - start for start, end in pairwise(i * tokens // parts for i in range(parts + 1))]
+
+
 class SlotDispatch(ABC):
     """What each way to experts on other ranks begins with: to which slot, so to which rank, each choice goes.
 
@@ -194,8 +199,7 @@ class ExpertDispatch(SlotDispatch):
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, run: Experts, shared: nn.Module | None) -> Tensor:
         """As `model.moe.local_dispatch`: x [N, D] -> [N, D]. Every rank of the axis calls it, with its own tokens."""
         slots = self._slots(experts)
-        ends = [i * len(x) // self.parts for i in range(self.parts + 1)]
-        sizes = [end - start for start, end in pairwise(ends)]
+        sizes = part_sizes(len(x), self.parts)
         # one part is not cut: its gradient would be copied
         xs, ws = (t.split(sizes) if self.parts > 1 else [t] for t in (x, weights))
         passes = run.passes

@@ -70,8 +70,8 @@ def expert_parallel(
         replicas: slots for copies on each rank.
         device: where the tokens will be.
         payload: in what form they travel (`moe/payload.py`).
-        dispatch: how: to the ranks that need them (`moe/dispatch.py`), or to all (`moe/gather_dispatch.py`, for which
-            there are neither parts nor payload).
+        dispatch: how: to the ranks that need them (`moe/dispatch.py`), or to all (`moe/gather_dispatch.py`, which
+            takes no payload).
     """
     if axis.size == 1:
         return
@@ -84,7 +84,7 @@ def expert_parallel(
             setattr(moe.experts, name, nn.Parameter(part, requires_grad=weight.requires_grad))
         way: SlotDispatch = ExpertDispatch(axis, number, parts, moe.layer, payload)
         if dispatch == "allgather":
-            way = GatherDispatch(axis, number, moe.layer)
+            way = GatherDispatch(axis, number, parts, moe.layer)
         moe.dispatch = way
         if replicas:
             way.place(order, device)

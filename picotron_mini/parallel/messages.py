@@ -4,7 +4,7 @@
                                     zero 2: gradients that a backward does not hide. zero 3: those and weights
                                     ep: rows to experts and back, and the numbers before them, less what the
                                     experts' products hide where `dispatch_parts` cuts the tokens; with
-                                    dispatch=allgather all tokens, the sums of what comes back, and nothing hides
+                                    dispatch=allgather all tokens, and the sums of what comes back
     once, after the last backward   zero 0, 1: gradients that this backward does not hide, the last bucket at least
     once, after the update          zero 1, 2: the updated weights
     on the way between stages       pp: one message of hidden states each way (`simulate` puts them on its clock)
@@ -103,8 +103,9 @@ def messages_of(
     mixed = sum(number for number, experts in kinds(run.model, layers) if experts)
     if mesh.ep > 1 and mixed:
         passes, parts = 2 + (train.recompute != "none"), train.dispatch_parts
-        # with dispatch=allgather two gathers and a scatter forward, and backward a gather and two scatters
-        legs, total = {"all_to_all": 3.0, "all_gather": 1.5, "reduce_scatter": 1.5}, passes * parts * mixed * m
+        # with dispatch=allgather a gather and a scatter each way, and of what is beside all parts one of either
+        even, total = 1 + 0.5 / parts, passes * parts * mixed * m
+        legs = {"all_to_all": 3.0, "all_gather": even, "reduce_scatter": even}
         trips = sum(time("ep", op, traffic["ep", op] / (n * total), mesh.ep) for op, n in legs.items()) / m
         numbers = time("ep", "counts", traffic["ep", "counts"] / ((passes - 1) * mixed * m), mesh.ep) / m / (passes - 1)
         later = trips / passes * (parts - 1) / parts

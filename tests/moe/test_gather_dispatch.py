@@ -25,7 +25,7 @@ from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model import moe as moe_module
 from picotron_mini.model.moe import Experts, dispatch_all, local_dispatch
-from picotron_mini.moe import gather_dispatch
+from picotron_mini.moe import exchange, gather_dispatch
 from picotron_mini.moe.dispatch import recording
 from picotron_mini.moe.gather_dispatch import GatherDispatch
 from picotron_mini.parallel.describe import describe
@@ -198,7 +198,7 @@ def test_nothing_is_read_from_the_gpu() -> None:
 # --- on ranks ---------------------------------------------------------------------------------------------
 
 
-def check(how: str, order: tuple[int, ...] = (), grouped: bool = False) -> None:
+def check(how: str, order: tuple[int, ...] = (), grouped: bool = False, parts: int = 1) -> None:
     """On a rank: outputs and all gradients against those of one process that has all tokens and experts."""
     axis = Mesh.build(MeshShape(dp=RANKS, ep=RANKS))["ep"]
     torch.manual_seed(0)
@@ -215,7 +215,7 @@ def check(how: str, order: tuple[int, ...] = (), grouped: bool = False) -> None:
     mine = make_experts(held)
     for name, weight in run.named_parameters():
         setattr(mine, name, nn.Parameter(weight.detach()[own].clone()))
-    send = GatherDispatch(axis, E)
+    send = GatherDispatch(axis, E, parts)
     if order:
         send.place(order)
     given = (tokens[rank], chosen[rank], weights[rank], mine, shared)
@@ -238,6 +238,12 @@ def test_it_is_what_one_device_computes(ranks, how: str) -> None:
 @pytest.mark.parametrize("how", ["some_dropped", "one_expert", "nobody", "experts_choose"])
 def test_with_grouped_products_too(ranks, how: str) -> None:
     ranks(check, how, (), True, world_size=RANKS)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("parts", [2, N])
+def test_in_parts_too(ranks, parts: int, grouped: bool) -> None:
+    ranks(check, "some_dropped", (), grouped, parts, world_size=RANKS)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -265,9 +271,41 @@ def another_owner() -> None:
     GatherDispatch.__call__ = wrong  # type: ignore[method-assign]
 
 
+def parts_in_another_order() -> None:
+    """Beside the tokens of one part are the weights and slots of the other."""
+    real = gather_dispatch.GatherTrip.start
+    waiting: list[tuple[Any, Tensor]] = []
+
+    def start(self: Any, x: Tensor) -> Tensor:
+        waiting.append((self, real(self, x)))
+        return waiting[-1][1]
+
+    def wait(self: Any, ticket: Tensor) -> Tensor:
+        return real_wait(*waiting.pop())
+
+    real_wait = gather_dispatch.GatherTrip.wait
+    gather_dispatch.GatherTrip.start = start  # type: ignore[method-assign]
+    gather_dispatch.GatherTrip.wait = wait  # type: ignore[method-assign]
+
+
+class Travels:
+    """In place of a trip: everything is done when it is waited for."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def start(self, x: Tensor) -> Tensor:
+        return x
+
+
 def nothing_is_added_up() -> None:
     """A rank keeps its own part of its own outputs."""
-    gather_dispatch.scatter_to = lambda out, axis, dim: out.chunk(axis.size)[axis.index]
+
+    class Trip(Travels):
+        def wait(self, ticket: Tensor) -> Tensor:
+            return ticket.chunk(self.axis.size)[self.axis.index]
+
+    gather_dispatch.ScatterTrip = Trip  # type: ignore[misc, assignment]
 
 
 def gradients_of_own_experts_only() -> None:
@@ -283,7 +321,11 @@ def gradients_of_own_experts_only() -> None:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
             return grad.chunk(ctx.axis.size)[ctx.axis.index], None
 
-    gather_dispatch.gather_from = lambda x, axis, dim: Gather.apply(x, axis)
+    class Trip(Travels):
+        def wait(self, ticket: Tensor) -> Tensor:
+            return Gather.apply(ticket, self.axis)  # type: ignore[no-any-return]
+
+    gather_dispatch.GatherTrip = Trip  # type: ignore[misc, assignment]
 
 
 def weights_of_other_tokens() -> None:
@@ -294,12 +336,19 @@ def weights_of_other_tokens() -> None:
 
 def broken(patch: Callable[[], None]) -> None:
     patch()
-    check("everyone")
+    check("everyone", parts=N if patch is parts_in_another_order else 1)
 
 
 @pytest.mark.parametrize(
     "patch",
-    [nothing_is_masked, another_owner, nothing_is_added_up, gradients_of_own_experts_only, weights_of_other_tokens],
+    [
+        parts_in_another_order,
+        nothing_is_masked,
+        another_owner,
+        nothing_is_added_up,
+        gradients_of_own_experts_only,
+        weights_of_other_tokens,
+    ],
 )
 def test_mistakes_are_noticed(ranks, patch: Callable[[], None]) -> None:
     with pytest.raises(RankError, match="not close"):
@@ -325,6 +374,69 @@ def test_bytes_are_the_same_whatever_was_chosen(ranks, how: str) -> None:
         assert layer == 7 and len(slots) == N  # of its own tokens
 
 
+def order_of_events(parts: int) -> list[str]:
+    """On a rank: when journeys of tokens start and end, and when the shared expert and the experts compute."""
+    axis = Mesh.build(MeshShape(dp=RANKS, ep=RANKS))["ep"]
+    mine, chosen, events = make_experts(E // RANKS), everyone(axis.index), []
+    for name in ("all_gather_async", "reduce_scatter_async"):
+        setattr(exchange, name, noting(getattr(exchange, name), name.split("_")[1], events))
+
+    class Noted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            events.append("shared")
+            y = super().forward(x)
+            y.register_hook(lambda _: events.append("shared'"))
+            return y
+
+    def experts(rows: Tensor, counts: Tensor) -> Tensor:
+        events.append("experts")
+        out = mine(rows, counts)
+        out.register_hook(lambda _: events.append("experts'"))
+        return out
+
+    experts.gate, experts.passes = mine.gate, mine.passes  # type: ignore[attr-defined]
+    x = torch.randn(N, D).double().requires_grad_()
+    given = x, chosen, torch.rand(N, K).double(), experts, Noted(D, D, dtype=torch.float64)
+    y = GatherDispatch(axis, E, parts)(*given)  # type: ignore[arg-type]
+    events.append("backward")
+    y.sum().backward()
+    return events
+
+
+def noting(real: Callable[..., Any], name: str, events: list[str]) -> Callable[..., Any]:
+    class Noted:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def noted(*args: Any) -> Any:
+        events.append(name)
+        return Noted(real(*args))
+
+    return noted
+
+
+def test_the_shared_expert_computes_while_tokens_travel_both_ways(ranks) -> None:
+    for events in ranks(order_of_events, 1, world_size=RANKS):
+        at = events.index("backward")
+        assert events[:at] == ["gather", "shared", "wait", "experts", "scatter", "wait"]
+        assert events[at + 1 :] == ["gather", "wait", "experts'", "scatter", "shared'", "wait"]
+
+
+def test_while_one_part_computes_the_next_one_travels(ranks) -> None:
+    for events in ranks(order_of_events, 2, world_size=RANKS):
+        at = events.index("backward")
+        assert events[:at] == [
+            "gather", "gather", "shared", "wait", "experts", "scatter", "wait", "experts", "scatter", "wait", "wait"
+        ]  # fmt: skip
+        assert events[at + 1 :] == [
+            "gather", "gather", "wait", "experts'", "scatter", "wait", "experts'", "scatter", "shared'", "wait", "wait"
+        ]  # fmt: skip
+
+
 # --- whole models -----------------------------------------------------------------------------------------
 
 MOE = replace(MODEL, num_layers=2, moe=EXPERTS)
@@ -343,6 +455,7 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "with tensor": ("dp=2,tp=2,ep=2", {}, {"sequence_parallel": True, "tensor_overlap": 2}),
     "with context": ("dp=2,cp=2,ep=4", {"capacity": 0.5}, {"seq_len": 16, "document_mask": True}),
     "context only": ("cp=2,ep=2", {"choice": "expert", "balance": "none"}, {"seq_len": 16, "context": "ulysses"}),
+    "in parts": ("dp=4,ep=4", {}, {"dispatch_parts": 3, "recompute": "full"}),
     "in stages": ("dp=2,pp=2,ep=2", {"balance": "bias", "score": "sigmoid", "dense_layers": 0}, {}),
     "in a V, halves of the backward apart": ("dp=2,pp=2,ep=2", {}, {"schedule": "zb-v", "micro_batches": 4}),
     "eight ranks, all axes": ("dp=2,tp=2,pp=2,ep=2", {}, {"recompute": "full"}),
@@ -476,6 +589,9 @@ def test_what_is_waited_for() -> None:
     assert predict(ready("dp=4,ep=4", recompute="full"), machine).parts["ep"] > found.parts["ep"]
     slow = replace(machine, inside={"": Link(1.0, 1e12)})  # messages: 3 forward, 3 backward; the logarithm of the ranks
     assert predict(ready("dp=2,ep=2"), slow).parts["ep"] == pytest.approx(3 * 6, rel=1e-3)
+    # in four parts: four gathers and scatters each way, and one for what is beside all parts
+    parted = predict(ready("dp=2,ep=2", dispatch_parts=4), replace(slow, overlap=0.0))
+    assert parted.parts["ep"] == pytest.approx(3 * (8 + 1) * 2, rel=1e-3)
     # a message fewer to wait for in a forward: nobody tells how many rows will come
     assert predict(ready("dp=2,ep=2", dispatch="alltoall"), slow).parts["ep"] == pytest.approx(3 * 7, rel=1e-3)
 
@@ -499,7 +615,6 @@ def test_describe_says_what_travels() -> None:
     [
         ("dp=2", MOE, {}, "dispatch=allgather is for experts on several .*; use dispatch=alltoall, or ep=2"),
         ("dp=2", MODEL, {}, "dispatch=allgather is for experts on several ranks, and ep=1; use dispatch=alltoall$"),
-        ("dp=2,ep=2", MOE, {"dispatch_parts": 2}, "dispatch_parts=2 cuts them; use dispatch_parts=1, or dispatch=all"),
         ("dp=2,ep=2", MOE, {"dispatch_payload": "fp8"}, "dispatch_payload=fp8 packs it .* use dispatch_payload=same"),
     ],
 )  # fmt: skip

@@ -71,6 +71,8 @@ def on_several(gpus: int) -> list[Row]:
         (f"{dp},{ep}", experts | {"dispatch_payload": "fp8"}),
         *((f"{dp},{ep}", experts | {**more, "dispatch": "allgather", "micro_batch_size": size,
                                     "micro_batches": 8 // size}) for size in (2, 4) for more in ({}, graph)),
+        *((f"{dp},{ep}", experts | {**graph, "dispatch": "allgather", "micro_batch_size": 4, "micro_batches": 2,
+                                    "dispatch_parts": parts}) for parts in (2, 4)),
         (f"{dp},{ep}", experts | {"place_every": 2, "expert_replicas": 1}),
     ]  # fmt: skip
     out: list[Row] = []
