@@ -1041,8 +1041,19 @@ kill("03.last_micro_batch_only", my_zero_test)
 #
 # What changes: NCCL runs the sums on a CUDA stream of its own, beside the stream of backward. `all_reduce_async`
 # makes that stream wait until the bucket is filled, and `finish` makes the main stream wait for the sums, without
-# stopping the processor. The [write-up](../summary/03_data_parallel.md) has the CPU timings; the speed on GPUs is not
-# measured yet.
+# stopping the processor.
+#
+# This chapter's closing run, on two H200s with torch 2.11:
+#
+# ```console
+# $ torchrun --nproc-per-node 2 -m picotron_mini train --preset h100 dp=2 --zero 2 --steps 60
+# step 51/60  loss 6.180  validation 5.526 (1.957 bits per byte)  395,292 tokens/s  memory 16.2 GiB  0:02 left
+# step 60/60  loss 5.920  validation 5.369 (1.902 bits per byte)  414,865 tokens/s  memory 16.2 GiB  0:00 left
+# ```
+#
+# 292 million parameters on CPython's own text, all 60 steps in 31 s, compiling included. Of the 16.2 GiB only 2.7 are
+# weights, masters, moments and gradients: can you say which of them are halves? The
+# [write-up](../summary/03_data_parallel.md#performance) has the log, and what each stage of ZeRO costs in speed.
 #
 # ## What to read next
 #
