@@ -911,7 +911,8 @@ kill("04.reduce_from_sums_again", my_test)
 # ```
 #
 # The same model and text made 414,865 tokens/s with `dp=2`. It is too small for this: matrices of width 1024, halved,
-# and eight exchanges a layer that are waited for. With the 1.8 billion parameters of the `bench` preset `tp=2` makes 0.82 of the speed of `dp=2` ([table](../summary/07_3d_parallel.md#measured-performance)).
+# and eight exchanges a layer that are waited for. With the 1.8 billion parameters of the `bench` preset `tp=2` makes
+# 0.82 of the speed of `dp=2` ([table](../summary/07_3d_parallel.md#measured-performance)).
 #
 # ## What is still whole
 #

@@ -772,8 +772,8 @@ kill("06.probabilities_of_one_block", my_test)
 #
 # What has been checked there: on one H100, with torch 2.11, the fused kernels' forward and backward of a block agree
 # with float64, with and without a mask (49 tests; the log is in the [write-up](../summary/06_context_parallel.md)), and
-# on two of them ring and Ulysses are equal to one device in float32. Below bf16's width, in float32, a GPU has no kernel
-# here that returns a log-sum-exp, and plain products write a block's scores out: exact, slow, for proofs.
+# on two of them ring and Ulysses are equal to one device in float32. In float32 a GPU has no kernel here that returns a
+# log-sum-exp, and plain products write a block's scores out: exact, slow, for proofs.
 #
 # This chapter's closing run, on two H200s with torch 2.11:
 #

@@ -917,7 +917,7 @@ kill("08.weights_without_gradient", my_test)
 # `train --preset moe-tiny` runs on the CPU too, in 3 to 5 minutes on two free cores: 8 experts, top-2, on real text.
 # Its report draws the load of every layer over time and says what each expert gets.
 #
-# This chapter's closing run, on two H200s with torch 2.11. The model is as tiny as on your laptop; what it shows is that
+# This chapter's closing run, on two H200s with torch 2.11. The model is as tiny as on your laptop; the point is that
 # the same files run on NCCL:
 #
 # ```console
