@@ -14,6 +14,9 @@ each unknown stays within bounds of what was measured of it alone (`fit`): a pro
 square one, but not by any factor; and between solutions that explain the passes equally well the nearest to those is
 taken. How far the worst pass is missed is kept with the machine, and beyond `MISSED` it is not planned with.
 
+**The host.** On a GPU none of the above contains what its host needs to launch it (`measure.py`). That is measured
+beside it, for a layer and for a message.
+
 **Sending.** Each collective at several sizes; latency and bandwidth are solved for in the same way.
 
 **Overlap.** A pass with an all_reduce under way beside it, against both alone: what share of the message was hidden?
@@ -141,21 +144,27 @@ def calibrate(run: RunConfig, ranks: int) -> Machine:
     expected = [sum(n * each for n, each in zip(work.backward().numbers(), units, strict=True)) for work, _ in works]
     backward = statistics.median(slowest["backward", n] / seconds for n, seconds in enumerate(expected))
     cuda = run.train.device == "cuda"
+    sizes = SIZES[run.train.device]
     if ranks > 1:
-        links = {op: _link(op, ranks, slowest) for op in OPERATIONS}
+        links = {op: _link(op, ranks, sizes, slowest) for op in OPERATIONS}
         links[""] = links["send"]
     else:
         links = dict(MACHINES["h100"].inside)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores"
     source = f"measured on {ranks} rank(s), torch {torch.__version__}"
-    message = slowest["all_reduce", SIZES[-1]] if ranks > 1 else 0.0
+    message = slowest["all_reduce", sizes[-1]] if ranks > 1 else 0.0
+    # a host launches a layer's forward in a quarter of the time of both passes (`work.host_seconds`)
+    host = host_message = 0.0
+    if cuda:
+        host = statistics.median(slowest["host", n] / 4 / work.modules for n, (work, _) in enumerate(works))
+        host_message = slowest.get(("host_message", 0), MACHINES["h100"].host_message)
     hidden = 1 - (slowest["both", 0] - slowest["alone", 0]) / message if message else MACHINES["h100"].overlap
     return Machine(
         name=name, source=source if ranks > 1 else source + "; links: those of the preset h100",
         memory=torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory() / ranks,
         product_flops=_rate(product_), attention_flops=_rate(attention), activation_bandwidth=_rate(activation),
         launch=launch_, backward=backward, accumulate=slowest["accumulate", 0], update=slowest["update", 0],
-        overlap=min(1.0, max(0.0, hidden)), ranks_per_host=ranks, inside=links,
+        overlap=min(1.0, max(0.0, hidden)), ranks_per_host=ranks, inside=links, host=host, host_message=host_message,
         cores=0 if cuda else os.cpu_count() or 1, missed=missed,
     )  # fmt: skip
 
@@ -220,8 +229,8 @@ def solve(rows: Sequence[Sequence[float]], times: Sequence[float]) -> list[float
     return [float(x) for x in best / scale]
 
 
-def _link(operation: str, ranks: int, slowest: dict[tuple[str, int], float]) -> Link:
+def _link(operation: str, ranks: int, sizes: Sequence[int], slowest: dict[tuple[str, int], float]) -> Link:
     hops = max(1, (ranks - 1).bit_length())
-    rows = [(float(hops), wire_bytes(operation, payload(operation, n, ranks), ranks)) for n in SIZES]
-    latency, per_byte = solve(rows, [slowest[operation, n] for n in SIZES])
+    rows = [(float(hops), wire_bytes(operation, payload(operation, n, ranks), ranks)) for n in sizes]
+    latency, per_byte = solve(rows, [slowest[operation, n] for n in sizes])
     return Link(latency, _rate(per_byte))

@@ -6,8 +6,11 @@ Four rates are measured by themselves, each by work that is nothing else: a larg
 very small operators, of which only the start takes time. Passes of the model can then be explained by them.
 
 All ranks start each call together (a barrier before it), and the best of some rounds counts: what disturbs makes
-slower, never faster. On a CPU computing is timed by what the process has used of a core, messages by the clock on the
-wall.
+slower, never faster.
+
+    CPU    computing is timed by what the process has used of a core, messages by the clock on the wall
+    GPU    its host runs ahead of it in training, so it is timed by its own clock, with all that it has to do launched
+           before it may begin (`_on_gpu`); and apart from that, what the host needs to launch a layer and a message
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from math import prod
 
 import torch
 
@@ -33,11 +38,13 @@ from .training.optimizer import clip_factor, make_optimizer
 
 LAYERS = 2  # of a timed pass: enough that the time of one is not that of its start
 ROUNDS = 10
-SIZES = (2**10, 2**16, 2**20, 2**23)  # bytes of the timed messages
-ELEMENTS = 8_000_000  # of the timed update, or as many as the model has
+SIZES = {"cuda": (2**10, 2**20, 2**24, 2**28), "cpu": (2**10, 2**16, 2**20, 2**23)}  # bytes of the timed messages
+ELEMENTS = {"cuda": 2**28, "cpu": 8_000_000}  # of the timed update, or as many as the model has
+WEIGHT = {"cuda": (2048, 4096), "cpu": (250, 1000)}  # shape of each of its weights
 SQUARE = {"cuda": 8192, "cpu": 512}  # rows and columns of the timed product
 COPIED = {"cuda": 2**28, "cpu": 2**23}  # numbers of 4 bytes of the timed copy
 SMALL = 200  # operators of the timed starts
+ASLEEP = 60_000_000  # cycles that a GPU is kept busy while its host launches what is timed: 30 ms and more
 
 
 def payload(operation: str, size: int, ranks: int) -> float:
@@ -100,20 +107,18 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
     out: dict[tuple[str, int], float] = {}
 
     # a CPU's own time where nothing is waited for: what other programs take of the cores does not count
-    computing = time.perf_counter if cuda else time.process_time
+    computing = _on_gpu if cuda else partial(_by, time.process_time)
+    sending = _on_gpu if cuda else partial(_by, time.perf_counter)
 
-    def timed(*calls: Callable[[], object], clock: Callable[[], float] = computing) -> list[float]:
+    def timed(*calls: Callable[[], object], how: Callable[[Callable[[], object]], float] = computing) -> list[float]:
         """Best seconds of each call, all made in turn."""
         times: list[list[float]] = [[] for _ in calls]
         for round_ in range(ROUNDS + 2):
             barrier(axis)
             for call, found in zip(calls, times, strict=True):
-                _wait(device)
-                start = clock()
-                call()
-                _wait(device)
+                seconds = how(call)
                 if round_ > 1:
-                    found.append(clock() - start)
+                    found.append(seconds)
         return [min(found) for found in times]
 
     for name, (units, call) in direct(run, device).items():
@@ -121,12 +126,18 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
     for number, (_, which) in enumerate(passes(run)):
         forward, backward = _pass(run, which, device)
         out["forward", number], out["backward", number] = timed(forward, backward)
+        if cuda:
+            out["host", number] = sum(timed(forward, backward, how=_to_launch))
     if axis.size > 1:
+        sizes = SIZES[device.type]
         for operation, collective in OPERATIONS.items():
-            for size in SIZES:
+            for size in sizes:
                 x = torch.ones(int(payload(operation, size, axis.size)) // 4, device=device)
-                (out[operation, size],) = timed(lambda c=collective, x=x: c(x, axis), clock=time.perf_counter)  # type: ignore[misc]
-        x = torch.ones(SIZES[-1] // 4, device=device)
+                call = partial(collective, x, axis)
+                (out[operation, size],) = timed(call, how=sending)
+                if cuda and (operation, size) == ("all_reduce", sizes[0]):
+                    (out["host_message", 0],) = timed(call, how=_to_launch)
+        x = torch.ones(sizes[-1] // 4, device=device)
         forward, backward = _pass(run, passes(run)[0][1], device)
 
         def alone() -> None:
@@ -138,11 +149,10 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
             alone()
             work.wait()
 
-        out["alone", 0], out["both", 0] = timed(alone, both, clock=time.perf_counter)
-    weights = {
-        str(i): torch.randn(250, 1000, device=device)
-        for i in range(max(1, min(ELEMENTS, parameters(run.model)) // 250_000))
-    }
+        out["alone", 0], out["both", 0] = timed(alone, both, how=sending)
+    shape = WEIGHT[device.type]
+    number = max(1, min(ELEMENTS[device.type], parameters(run.model)) // prod(shape))
+    weights = {str(i): torch.randn(shape, device=device) for i in range(number)}
     gradients = [torch.randn_like(weight) for weight in weights.values()]
     others = [torch.randn_like(weight) for weight in weights.values()]
     optimizer = make_optimizer(weights, run.train)
@@ -154,7 +164,7 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
             weight.grad = gradient
         optimizer.step()
 
-    elements = 250_000 * len(weights)
+    elements = prod(shape) * len(weights)
     adding = lambda: [a.add_(b) for a, b in zip(gradients, others, strict=True)]  # noqa: E731
     times = timed(update, adding)
     out["update", 0], out["accumulate", 0] = (seconds / elements for seconds in times)
@@ -208,6 +218,26 @@ OPERATIONS: dict[str, Callable[[torch.Tensor, Axis], object]] = {
 }
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _by(clock: Callable[[], float], call: Callable[[], object]) -> float:
+    """Seconds of a call, by this clock."""
+    start = clock()
+    call()
+    return clock() - start
+
+
+def _on_gpu(call: Callable[[], object]) -> float:
+    """Seconds of the GPU for a call, all of which has been launched when it begins."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(ASLEEP)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _to_launch(call: Callable[[], object]) -> float:
+    """Seconds of the host for a call that a GPU runs."""
+    torch.cuda.synchronize()
+    return _by(time.perf_counter, call)

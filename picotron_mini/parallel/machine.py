@@ -8,6 +8,9 @@ Products alone would flatter: norms, rotations and SiLU do no work worth countin
 operation costs its start however few tokens it has. Parameters cost time too: `accumulate` seconds for each element
 and micro-batch (its gradient is added to a sum), `update` seconds for each element once a step (norm, clip, AdamW).
 
+A GPU computes what its host has launched before, and waits where the host is slower: where kernels are short. `host`
+is what the host needs for a layer, `host_message` for a message, however many tokens they have; a CPU is its own host.
+
 Sending. A message takes a latency and then its bytes over a bandwidth, `alpha + n / beta`. Of a payload of n bytes a
 ring of N ranks carries over each rank's wire
 
@@ -51,7 +54,7 @@ class Machine:
     product_flops: float  # in matrix products, a second
     attention_flops: float  # in fused attention, a second, the masked half not counted
     activation_bandwidth: float  # bytes of kept activations a second, written in forward
-    launch: float  # seconds for each dense layer, whatever its size; a backward costs two
+    launch: float  # seconds of the device for each dense layer, whatever its size; a backward costs two
     accumulate: float  # seconds for each element of a gradient and micro-batch
     update: float  # seconds for each float32 element that AdamW updates; others by `work.moved_by_update`
     overlap: float  # share of a message that passes beside computing, 0 to 1
@@ -59,6 +62,8 @@ class Machine:
     backward: float = 1.0  # a backward's time over that of its work
     inside: Mapping[str, Link] = field(default_factory=dict)  # operation -> link between ranks of a host; "" any other
     across: Mapping[str, Link] = field(default_factory=dict)  # ... between hosts; empty: there is one host
+    host: float = 0.0  # seconds in which a host launches a dense layer's forward for its GPU; a backward costs three
+    host_message: float = 0.0  # ... and a message
     cores: int = 0  # ranks that can compute at once; 0: all. More take turns.
     missed: float = 0.0  # of the passes that the rates were made from the worst explained one, relative error
 
@@ -105,9 +110,9 @@ _NVLINK = {"": Link(70e-6, 332e9)}
 _H100 = Machine(
     name="h100",
     source="one H100 80GB: summary/01_model_and_its_costs_gpu.log; NVLink: all-reduce of two GPUs of one host; "
-    "overlap: assumed",
+    "overlap: assumed; host: summary/07_3d_parallel.md",
     memory=78 * GIB, product_flops=650e12, attention_flops=430e12, activation_bandwidth=2.3e12, launch=20e-6,
-    accumulate=4.6e-12, update=13e-12, overlap=0.9, ranks_per_host=8, inside=_NVLINK,
+    accumulate=4.6e-12, update=13e-12, overlap=0.9, ranks_per_host=8, inside=_NVLINK, host=0.6e-3, host_message=0.1e-3,
 )  # fmt: skip
 # Between hosts: one 400 Gb/s adapter a GPU (data sheet, 50 GB/s), of which 80 % is taken to be reached; the latency is
 # taken to be that of NVLink and 30 us more. Not measured here.

@@ -15,6 +15,7 @@ How many messages carry the bytes follows from the size of each: hidden states, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class Messages:
     weights: float  # once, after the update
     scalars: float  # once
     by_axis: dict[str, float]  # what of forward and backward together each axis takes
+    number: float  # of messages within the layers, in a forward and backward: what a host has to launch
 
 
 def crosses_hosts(mesh: MeshShape, axis: str, machine: Machine, group: int = 0) -> bool:
@@ -67,100 +69,144 @@ def messages_of(
         skew: see `expert_costs.py`.
         forward, backward: seconds that it computes in a micro-batch.
     """
-    train, mesh, m = run.train, run.mesh, run.train.micro_batches
-    border = activations(run).border  # of this rank: a tp-th with sequence parallelism
-    hidden = border * mesh.tp if train.sequence_parallel else border
-    again = 1 / 3 if train.recompute == "full" else 1 / 2  # the forward's share of what both passes exchange
-
-    def time(axis: str, operation: str, size: float, ranks: int, payload: float | None = None, group: int = 0) -> float:
-        whole = traffic[axis, operation] if payload is None else payload
-        count = max(1.0, whole / size) if whole else 0.0
-        return machine.seconds(operation, whole, ranks, crosses_hosts(mesh, axis, machine, group), count)
-
-    # tensor parallelism, and the two small messages of the loss
-    tp = (
-        sum(
-            time("tp", op, border if op == "all_gather" else hidden, mesh.tp)
-            for op in ("all_reduce", "all_gather", "reduce_scatter")
-        )
-        / m
-    )
-    # context parallelism
-    cp_forward = cp_backward = 0.0
-    if mesh.cp > 1 and train.context == "ring":
-        hops = len(layers) * ((mesh.cp - 1) * (2 if again == 1 / 2 else 3) + mesh.cp)
-        ring = time("cp", "send", max(1.0, traffic["cp", "send"] / (m * hops)), mesh.cp) / m
-        wide = max(ITEMSIZE[train.dtype], 4) / ITEMSIZE[train.dtype]
-        share = (mesh.cp - 1) / ((mesh.cp - 1) / again + mesh.cp * wide)
-        attention = forward_work(run, layers, False).attention / machine.attention_flops * machine.turns
-        cp_forward = exposed(ring * share, attention, machine.overlap)
-        cp_backward = exposed(ring * (1 - share), 2.5 * attention, machine.overlap)
-    elif mesh.cp > 1:
-        trades = time("cp", "all_to_all", traffic["cp", "all_to_all"] / (m * len(layers) * 8), mesh.cp) / m
-        cp_forward, cp_backward = trades * again, trades * (1 - again)
-    # expert parallelism: rows, what is beside them, and the way back, of each part; the first part hides behind nothing
-    ep_forward = ep_backward = 0.0
+    mesh, links = run.mesh, _Links(run, machine, traffic)
+    data = _data(links, layers, forward, backward)
+    inside = {"tp": _tensor(links), "cp": _context(links, layers), "ep": _experts(links, layers, skew),
+              "dp": (data.forward, data.backward)}  # fmt: skip
     mixed = sum(number for number, experts in kinds(run.model, layers) if experts)
-    if mesh.ep > 1 and mixed:
-        passes, parts = 2 + (train.recompute != "none"), train.dispatch_parts
-        # with dispatch=allgather a gather and a scatter each way, and of what is beside all parts one of either
-        even, total = 1 + 0.5 / parts, passes * parts * mixed * m
-        legs = {"all_to_all": 3.0, "all_gather": even, "reduce_scatter": even}
-        trips = sum(time("ep", op, traffic["ep", op] / (n * total), mesh.ep) for op, n in legs.items()) / m
-        numbers = time("ep", "counts", traffic["ep", "counts"] / ((passes - 1) * mixed * m), mesh.ep) / m / (passes - 1)
-        later = trips / passes * (parts - 1) / parts
-        cover = mixed * mlp_flops(run, True, skew) / machine.product_flops * machine.turns * (parts - 1) / parts
-        ep_forward = numbers + trips / passes / parts + exposed(later, cover, machine.overlap)
-        ep_backward = (passes - 2) * ep_forward + trips / passes / parts + exposed(later, 2 * cover, machine.overlap)
-    # data parallelism
+    gradients = data.gradients
+    for axis, ranks in (("ep", mesh.ep), (data.axis, mesh.dp * mesh.cp)):  # of copies of experts, one a projection
+        gradients += links.time(axis, "replicas", traffic[axis, "replicas"] / max(1, 3 * mixed), ranks)
+    # between stages, and a tied embedding at both ends
+    border = activations(run).border
+    send = machine.seconds("send", border, 2, crosses_hosts(mesh, "pp", machine)) if mesh.pp > 1 else 0.0
+    scalars = machine.seconds("all_reduce", 24, mesh.world_size, crosses_hosts(mesh, "world", machine))
+    scalars += machine.seconds("all_reduce", 8, mesh.dp * mesh.cp, crosses_hosts(mesh, data.axis, machine))
+    passes = [sum(each[i] for each in inside.values()) for i in (0, 1)]
+    by_axis = {axis: sum(each) for axis, each in inside.items() if sum(each)}
+    return Messages(
+        passes[0], passes[1], send, gradients, data.weights, scalars, by_axis,
+        sum(links.number[axis] for axis in ("tp", "cp", "ep")) / run.train.micro_batches,
+    )  # fmt: skip
+
+
+class _Links:
+    """A rank's bytes over a machine's links; counts the messages of each axis."""
+
+    def __init__(self, run: RunConfig, machine: Machine, traffic: Traffic) -> None:
+        self.run, self.machine, self.traffic = run, machine, traffic
+        self.number: Counter[str] = Counter()
+        # in forward, of what both passes exchange
+        self.share = 1 / 3 if run.train.recompute == "full" else 1 / 2
+
+    def time(
+        self, axis: str, operation: str, size: float, ranks: int, payload: float | None = None, group: int = 0
+    ) -> float:
+        """Seconds for a step's payload of an operation, or for this one, in messages of `size` bytes."""
+        whole = self.traffic[axis, operation] if payload is None else payload
+        count = max(1.0, whole / size) if whole else 0.0
+        self.number[axis] += count  # type: ignore[assignment]
+        across = crosses_hosts(self.run.mesh, axis, self.machine, group)
+        return self.machine.seconds(operation, whole, ranks, across, count)
+
+
+def _tensor(links: _Links) -> tuple[float, float]:
+    """Tensor parallelism, in a forward and a backward of a micro-batch; and the two small messages of the loss."""
+    run = links.run
+    border = activations(run).border  # of this rank: a tp-th with sequence parallelism
+    hidden = border * run.mesh.tp if run.train.sequence_parallel else border
+    sizes = {"all_reduce": hidden, "all_gather": border, "reduce_scatter": hidden}
+    whole = sum(links.time("tp", op, size, run.mesh.tp) for op, size in sizes.items()) / run.train.micro_batches
+    return whole * links.share, whole * (1 - links.share)
+
+
+def _context(links: _Links, layers: Collection[int]) -> tuple[float, float]:
+    """Context parallelism: Ulysses is waited for, the ring where attention does not hide it."""
+    run, machine = links.run, links.machine
+    train, cp, m = run.train, run.mesh.cp, run.train.micro_batches
+    if cp == 1:
+        return 0.0, 0.0
+    if train.context == "ulysses":
+        whole = links.time("cp", "all_to_all", links.traffic["cp", "all_to_all"] / (m * len(layers) * 8), cp) / m
+        return whole * links.share, whole * (1 - links.share)
+    hops = len(layers) * ((cp - 1) * (3 if train.recompute == "full" else 2) + cp)
+    ring = links.time("cp", "send", max(1.0, links.traffic["cp", "send"] / (m * hops)), cp) / m
+    wide = max(ITEMSIZE[train.dtype], 4) / ITEMSIZE[train.dtype]
+    share = (cp - 1) / ((cp - 1) / links.share + cp * wide)
+    attention = forward_work(run, layers, False).attention / machine.attention_flops * machine.turns
+    return (
+        exposed(ring * share, attention, machine.overlap),
+        exposed(ring * (1 - share), 2.5 * attention, machine.overlap),
+    )
+
+
+def _experts(links: _Links, layers: Collection[int], skew: float) -> tuple[float, float]:
+    """Rows to experts, what is beside them, and the way back, of each part; the first part hides behind nothing."""
+    run, machine = links.run, links.machine
+    train, ep, m, traffic = run.train, run.mesh.ep, run.train.micro_batches, links.traffic
+    mixed = sum(number for number, experts in kinds(run.model, layers) if experts)
+    if ep == 1 or not mixed:
+        return 0.0, 0.0
+    passes, parts = 2 + (train.recompute != "none"), train.dispatch_parts
+    # with dispatch=allgather a gather and a scatter each way, and of what is beside all parts one of either
+    even, total = 1 + 0.5 / parts, passes * parts * mixed * m
+    legs = {"all_to_all": 3.0, "all_gather": even, "reduce_scatter": even}
+    trips = sum(links.time("ep", op, traffic["ep", op] / (n * total), ep) for op, n in legs.items()) / m
+    numbers = links.time("ep", "counts", traffic["ep", "counts"] / ((passes - 1) * mixed * m), ep) / m / (passes - 1)
+    later = trips / passes * (parts - 1) / parts
+    cover = mixed * mlp_flops(run, True, skew) / machine.product_flops * machine.turns * (parts - 1) / parts
+    forward = numbers + trips / passes / parts + exposed(later, cover, machine.overlap)
+    return forward, (passes - 2) * forward + trips / passes / parts + exposed(later, 2 * cover, machine.overlap)
+
+
+@dataclass(frozen=True)
+class _Data:
+    axis: str  # "dp", or "dp_cp"
+    forward: float  # in each forward of a micro-batch
+    backward: float
+    gradients: float  # once, after the last backward
+    weights: float  # once, after the update
+
+
+def _data(links: _Links, layers: Collection[int], forward: float, backward: float) -> _Data:
+    """Data parallelism, of any `zero`; `forward` and `backward` are the seconds that a micro-batch computes."""
+    run, machine, traffic = links.run, links.machine, links.traffic
+    train, mesh, m, time = run.train, run.mesh, run.train.micro_batches, links.time
+    mixed = sum(number for number, experts in kinds(run.model, layers) if experts)
     data = "dp" if mesh.cp == 1 else "dp_cp"
     replicas, group, inside = mesh.dp * mesh.cp, train.zero_group or mesh.dp, mesh.edp_inside(train.zero_group)
     size = train.bucket_mb * 2**20
-    gradients = weights = in_forward = in_backward = 0.0
     if train.reduce_group:
         near, far = train.reduce_group * mesh.tp > machine.ranks_per_host, crosses_hosts(mesh, data, machine)
         operations = (("reduce_scatter", train.reduce_group, near), ("all_gather", train.reduce_group, near),
                       ("all_reduce", replicas // train.reduce_group, far))  # fmt: skip
         number = max(1.0, traffic[data, "reduce_scatter"] / size)
         whole = sum(machine.seconds(op, traffic[data, op], n, across, number) for op, n, across in operations)
-        gradients = _tail(whole, number, backward, machine)
-    elif not train.zero:
+        return _Data(data, 0.0, 0.0, _tail(whole, number, backward, machine), 0.0)
+    if not train.zero:
         whole = time(data, "all_reduce", size, replicas) + time("edp", "all_reduce", size, mesh.edp)
         number = (traffic[data, "all_reduce"] + traffic["edp", "all_reduce"]) / size
-        gradients = _tail(whole, number, backward, machine)
-    else:
-        rounds = 1 if train.zero == 1 else m
-        size = size if train.zero < 3 else traffic["dp", "reduce_scatter"] / (m * (len(layers) + 2))
-        each = traffic["dp", "reduce_scatter"] / rounds
-        reduce = time("dp", "reduce_scatter", size, group, each, group)
-        reduce += time("edp", "reduce_scatter", size, inside, traffic["edp", "reduce_scatter"] / rounds, group)
-        waited = _tail(reduce, each / size, backward, machine)
-        gathered, spread = traffic["dp", "all_gather"], traffic["edp", "all_gather"]
-        if train.zero == 3:
-            gather = time("dp", "all_gather", gathered / (2 * m * (len(layers) + 2)), group, gathered / (2 * m), group)
-            gather += time("edp", "all_gather", spread / (2 * m * max(1, mixed)), inside, spread / (2 * m), group)
-            in_forward = _tail(gather, len(layers) + 2, forward, machine)
-            in_backward = waited + _tail(gather, len(layers) + 2, backward, machine)
-        else:
-            weights = time("dp", "all_gather", size / group, group, gathered, group)
-            weights += time("edp", "all_gather", size / inside, inside, spread, group)
-            gradients, in_backward = (waited, 0.0) if train.zero == 1 else (0.0, waited)
-        if group < mesh.dp:
-            gradients += time("dp", "all_reduce", size, mesh.dp // group)
-            gradients += time("edp", "all_reduce", size, mesh.edp // inside)
-        gradients += time("cp", "all_reduce", size, mesh.cp)
-    for axis, ranks in (("ep", mesh.ep), (data, replicas)):  # gradients of copies of experts, a message a projection
-        gradients += time(axis, "replicas", traffic[axis, "replicas"] / max(1, 3 * mixed), ranks)
-    # between stages, and a tied embedding at both ends
-    send = machine.seconds("send", border, 2, crosses_hosts(mesh, "pp", machine)) if mesh.pp > 1 else 0.0
-    scalars = machine.seconds("all_reduce", 24, mesh.world_size, crosses_hosts(mesh, "world", machine))
-    scalars += machine.seconds("all_reduce", 8, replicas, crosses_hosts(mesh, data, machine))
-    by_axis = {"tp": tp, "cp": cp_forward + cp_backward, "ep": ep_forward + ep_backward, "dp": in_forward + in_backward}
-    return Messages(
-        tp * again + cp_forward + ep_forward + in_forward,
-        tp * (1 - again) + cp_backward + ep_backward + in_backward, send, gradients, weights, scalars,
-        {axis: seconds for axis, seconds in by_axis.items() if seconds},
-    )  # fmt: skip
+        return _Data(data, 0.0, 0.0, _tail(whole, number, backward, machine), 0.0)
+    rounds = 1 if train.zero == 1 else m
+    size = size if train.zero < 3 else traffic["dp", "reduce_scatter"] / (m * (len(layers) + 2))
+    each = traffic["dp", "reduce_scatter"] / rounds
+    reduce = time("dp", "reduce_scatter", size, group, each, group)
+    reduce += time("edp", "reduce_scatter", size, inside, traffic["edp", "reduce_scatter"] / rounds, group)
+    waited = _tail(reduce, each / size, backward, machine)
+    once = 0.0  # sums over the groups, after the last backward
+    if group < mesh.dp:
+        once += time("dp", "all_reduce", size, mesh.dp // group)
+        once += time("edp", "all_reduce", size, mesh.edp // inside)
+    once += time("cp", "all_reduce", size, mesh.cp)
+    gathered, spread = traffic["dp", "all_gather"], traffic["edp", "all_gather"]
+    if train.zero == 3:
+        gather = time("dp", "all_gather", gathered / (2 * m * (len(layers) + 2)), group, gathered / (2 * m), group)
+        gather += time("edp", "all_gather", spread / (2 * m * max(1, mixed)), inside, spread / (2 * m), group)
+        ahead = [_tail(gather, len(layers) + 2, cover, machine) for cover in (forward, backward)]
+        return _Data(data, ahead[0], waited + ahead[1], once, 0.0)
+    weights = time("dp", "all_gather", size / group, group, gathered, group)
+    weights += time("edp", "all_gather", size / inside, inside, spread, group)
+    return _Data(data, 0.0, waited * (train.zero == 2), once + waited * (train.zero == 1), weights)
 
 
 def best_bucket(gradient_bytes: float, link: Link, ranks: int, operation: str = "all_reduce") -> float:

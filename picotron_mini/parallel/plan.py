@@ -194,6 +194,7 @@ def settings(run: RunConfig) -> str:
     words += [f"--recompute {train.recompute}"] if train.recompute != "none" else []
     words += [f"--loss-chunks {train.loss_chunks}"] if train.loss_chunks > 1 else []
     words += [f"--zero-group {train.zero_group}"] if train.zero_group else []
+    words += ["--cuda-graph"] if train.cuda_graph else []
     words += [f"--dispatch {train.dispatch}"] if train.dispatch != "alltoall" else []
     words += [f"--dispatch-parts {train.dispatch_parts}"] if train.dispatch_parts > 1 else []
     words += [f"--dispatch-payload {train.dispatch_payload}"] if train.dispatch_payload != "same" else []
@@ -237,6 +238,6 @@ SETTINGS = (
     "batch_size", "micro_batch_size", "micro_batches", "zero", "sequence_parallel", "schedule", "recompute",
     "loss_chunks",
 )  # fmt: skip
-SPENT = ("computing", "bubble", "tp", "cp", "ep", "dp", "gradients and weights", "update", "scalars")
+SPENT = ("computing", "host", "bubble", "tp", "cp", "ep", "dp", "gradients and weights", "update", "scalars")
 NEEDED = ("weights", "gradients", "optimizer", "activations", "routing", "buffers")
 SENT = ("dp", "dp_cp", "cp", "tp", "pp", "ep", "edp", "world")

@@ -19,8 +19,10 @@ What hides what: gradients pass beside the last backward but for the last bucket
 weights beside the unit before, the ring's keys beside attention, of rows to experts what `dispatch_parts` hides. The
 rest of those, exchanges of tensor parallelism and of Ulysses, and the updated weights of ZeRO 1 and 2 are waited for.
 
+Where the host launches a micro-batch more slowly than the GPU runs it, it is the host's time that counts (`_paced`).
+
 Left out, so that you know where it misses: ranks that are not equally fast, kernels that get slower beside a message,
-uneven documents, the first steps' compiling, a host that is slower than its GPU, and what `tensor_overlap` hides.
+uneven documents, the first steps' compiling, and what `tensor_overlap` hides.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from .parallelize import layout_of, stage_layers
 from .schedules import find_schedule
 from .simulate import simulate
 from .traffic import predict_step
-from .work import backward_seconds, forward_work, kinds, moved_by_update
+from .work import backward_seconds, forward_work, host_seconds, kinds, moved_by_update
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Prediction:
 
     run: RunConfig
     seconds: float  # of a step
-    parts: dict[str, float]  # what of it is computing, waiting in the bubble, each axis' messages, the update
+    parts: dict[str, float]  # what of it is computing, waiting in the bubble, for messages, for the host; the update
     memory: dict[str, int]  # bytes of the rank that needs most, by what they are for
     traffic: Traffic  # bytes by (axis, operation) of the rank that sends most
     fits: bool
@@ -89,6 +91,7 @@ class _Stage:
     chunks: tuple[tuple[range, bool], ...]  # layers of each, and whether the head is there
     forward: tuple[float, ...]  # computing of a micro-batch, seconds, of each chunk
     backward: tuple[float, ...]
+    host: tuple[float, float]  # in which its host launches a micro-batch's forward and backward
     messages: Messages
     traffic: Traffic
     kept: Footprint
@@ -111,10 +114,11 @@ def predict(run: RunConfig, machine: Machine, clock: bool = True, skew: float = 
 
     forward, backward = [0.0] * route.length, [0.0] * route.length
     for number, stage in enumerate(stages):
+        ahead, back = _paced(run, stage)
         for chunk in range(route.chunks):
             n = route.position(number, chunk)
-            forward[n] = stage.forward[chunk] + stage.messages.forward / route.chunks
-            backward[n] = stage.backward[chunk] + stage.messages.backward / route.chunks
+            forward[n] = (stage.forward[chunk] + stage.messages.forward / route.chunks) * ahead
+            backward[n] = (stage.backward[chunk] + stage.messages.backward / route.chunks) * back
     send = max(stage.messages.send for stage in stages)
     busy = [train.micro_batches * sum(forward[n] + backward[n] for n in _own(route, s)) for s in range(mesh.pp)]
     if mesh.pp == 1:
@@ -140,16 +144,17 @@ def predict(run: RunConfig, machine: Machine, clock: bool = True, skew: float = 
     tail = stage.messages.gradients
     after = max(s.messages.weights for s in stages)
     computing = train.micro_batches * (sum(stage.forward) + sum(stage.backward))
+    exchanged = {axis: train.micro_batches * each for axis, each in stage.messages.by_axis.items()}
     seconds = ends_at[slowest] + tail + update + after + stage.messages.scalars
 
     memory = max((_memory(run, s, n, route, skew) for n, s in enumerate(stages)), key=lambda each: sum(each.values()))
     split = {
-        "computing": computing, "bubble": ends_at[slowest] - busy[slowest],
-        **{axis: train.micro_batches * each for axis, each in stage.messages.by_axis.items()},
+        "computing": computing, "bubble": ends_at[slowest] - busy[slowest], **exchanged,
+        "host": busy[slowest] - computing - sum(exchanged.values()),
         "gradients and weights": tail + after, "update": update, "scalars": stage.messages.scalars,
     }  # fmt: skip
     return Prediction(
-        run, seconds, {name: value for name, value in split.items() if value > 0}, memory,
+        run, seconds, {name: value for name, value in split.items() if value > 1e-12}, memory,
         max((s.traffic for s in stages), key=lambda traffic: sum(traffic.values())),
         sum(memory.values()) <= machine.memory, skew,
     )  # fmt: skip
@@ -184,6 +189,20 @@ def _stages(run: RunConfig, machine: Machine, route: Route, skew: float) -> list
     return stages
 
 
+def _paced(run: RunConfig, stage: _Stage) -> tuple[float, float]:
+    """By what the host makes a stage's forward and backward longer.
+
+    A host that runs ahead is slower or is not: of both passes the longer time counts. Where experts' ranks ask each
+    other how many rows come, the host waits for the GPU in each layer's forward and then the GPU for the host, so both
+    times add up.
+    """
+    device = sum(stage.forward) + stage.messages.forward, sum(stage.backward) + stage.messages.backward
+    if run.mesh.ep > 1 and run.train.dispatch == "alltoall" and not run.train.cuda_graph:
+        return 1 + stage.host[0] / device[0], max(1.0, stage.host[1] / device[1])
+    slower = max(1.0, sum(stage.host) / sum(device))
+    return slower, slower
+
+
 def _own(route: Route, stage: int) -> list[int]:
     return [route.position(stage, chunk) for chunk in range(route.chunks)]
 
@@ -206,10 +225,11 @@ def _stage(
     backward = tuple(backward_seconds(run, *chunk, machine, skew) + adding for chunk in chunks)
     traffic = predict_step(run, layout, index, busy_rows(run, skew) if run.mesh.ep > 1 else None)
     layers = [layer for held, _ in chunks for layer in held]
-    return _Stage(
-        chunks, forward, backward, messages_of(run, machine, traffic, layers, sum(forward), sum(backward), skew),
-        traffic, footprint(run, layout, index), sum(place.local_size(index) for place in trained), size,
-    )  # fmt: skip
+    messages = messages_of(run, machine, traffic, layers, sum(forward), sum(backward), skew)
+    host = host_seconds(run, layers, any(head for _, head in chunks), messages.number, machine)
+    elements = sum(place.local_size(index) for place in trained)
+    kept = footprint(run, layout, index)
+    return _Stage(chunks, forward, backward, host, messages, traffic, kept, elements, size)
 
 
 def _memory(run: RunConfig, stage: _Stage, number: int, route: Route, skew: float) -> dict[str, int]:

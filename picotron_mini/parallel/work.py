@@ -19,6 +19,10 @@ from .activations import activations, share_of
 from .expert_costs import DENSE, HEAD, flow, operators
 from .machine import Machine
 
+# On a GPU the ring runs kernels that return a log-sum-exp (`attention_kernels.py`). On two H200s they took 831 ms of a
+# step of 32,768 tokens (summary/07_3d_parallel.md), by these formulas 1.5 times what attention alone takes.
+RING = 1.5
+
 
 @dataclass(frozen=True)
 class Work:
@@ -67,7 +71,8 @@ def forward_work(run: RunConfig, layers: Collection[int], head: bool, skew: floa
     dense = replace(share, moe=None)
     attention = layer_matrix_parameters(dense) - mlp_parameters(dense)
     seen = train.seq_len * (1.0 if train.document_mask else 0.5)
-    out = Work(0, len(layers) * 4 * share.num_heads * share.head_dim * seen * tokens, 0, 0)
+    slower = RING if train.device == "cuda" and mesh.cp > 1 and train.context == "ring" else 1.0
+    out = Work(0, len(layers) * 4 * share.num_heads * share.head_dim * seen * tokens * slower, 0, 0)
     for number, experts in kinds(model, layers):
         each = activations(run, experts, skew)
         products = 2 * attention * tokens + mlp_flops(run, experts, skew)
@@ -114,6 +119,21 @@ def backward_seconds(run: RunConfig, layers: Collection[int], head: bool, machin
     """The time of a micro-batch's backward through some layers, and the head, with what is computed again."""
     plain = forward_work(run, layers, head, skew).backward().seconds(machine) * machine.backward
     return plain + recomputed_work(run, layers, skew).seconds(machine)
+
+
+def host_seconds(
+    run: RunConfig, layers: Collection[int], head: bool, messages: float, machine: Machine
+) -> tuple[float, float]:
+    """In which a host launches a micro-batch's forward and backward for its GPU; none if it has recorded them.
+
+    Args:
+        messages: of both passes.
+    """
+    if run.train.cuda_graph:
+        return 0.0, 0.0
+    forward = forward_work(run, layers, head).modules * machine.host
+    again = recomputed_work(run, layers).modules * machine.host
+    return forward + messages / 2 * machine.host_message, 3 * forward + again + messages / 2 * machine.host_message
 
 
 def moved_by_update(train: TrainConfig) -> float:
