@@ -26,6 +26,7 @@ PRESETS = {"08": "moe-tiny"}  # the others: h100
 def flags(chapter: str, ranks: int) -> str:
     """The technique of a chapter, as flags of `picotron-mini train`."""
     return {
+        "02": f"dp={ranks} --document-mask",
         "03": f"dp={ranks} --zero 2",
         "04": f"tp={ranks} --sequence-parallel",
         "05": f"pp={ranks} --schedule interleaved",
@@ -45,7 +46,7 @@ def command(chapter: str, ranks: int, tiny: bool, steps: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chapters", nargs="*", default=["03", "04", "05", "06", "07", "08"])
+    parser.add_argument("--chapters", nargs="*", default=["02", "03", "04", "05", "06", "07", "08"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--limit", type=float, default=150.0, help="seconds a run may take")

@@ -125,7 +125,7 @@ def main() -> None:
     ranks, started, results = gpus or 8, time.monotonic(), []
     where = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{ranks} gloo ranks on {os.cpu_count()} cores"
     print(f"torch {torch.__version__}, {where}", flush=True)
-    alone = wanted("dp=1", {"micro_batch_size": 1, "micro_batches": 1}, tiny, gpus)
+    alone = wanted("dp=1", {"micro_batch_size": 4, "micro_batches": 1}, tiny, gpus)
     machine = replace(calibrate(alone, min(ranks, gpus or 2)), ranks_per_host=ranks)
     print(f"this machine: {to_json(machine)}", flush=True)
     runs = [wanted(layout, kw, tiny, gpus) for layout, kw in layouts(ranks)]
