@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from picotron_mini.config import MoEConfig
-from picotron_mini.course.exercises import judge
+from picotron_mini.course.exercises import Answer, exercise, judge
 from picotron_mini.course.figures.moe import draw_load, draw_routes, draw_trade
 from picotron_mini.course.figures.picture import Picture
+from picotron_mini.course.instruments.mixed import fault, shares
 from picotron_mini.course.moe_runs import SUBJECTS, TOKENS, make_rows, routes, small, train
 from picotron_mini.course.museum import kill
-from picotron_mini.course.tasks import chapter_08_dispatch
+from picotron_mini.course.tasks import chapter_08, chapter_08_dispatch
 from picotron_mini.mesh import Mesh
 from picotron_mini.model import costs
 from picotron_mini.model.gpt import GPT, init_weights
@@ -105,7 +106,6 @@ def test_no_rank_of_the_exercise_sends_as_many_rows_as_it_receives() -> None:
 
 def test_another_right_answer_passes() -> None:
     """Loops and no library."""
-    from picotron_mini.course.exercises import exercise
 
     def loops(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
         out = torch.zeros_like(experts, dtype=torch.bool)
@@ -120,6 +120,44 @@ def test_another_right_answer_passes() -> None:
     chosen = torch.rand(4, 9, 6).topk(2).indices
     assert torch.equal(loops(chosen, 6, 2), keep(chosen, 6, 2))
     assert judge(exercise("08.kept"), loops).passed
+
+
+def test_an_output_shows_how_much_of_each_expert_is_in_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)  # [N, E, D]
+    weights = torch.tensor([[0.7, 0.3, 0], [0, 0.5, 0.5], [0.9, 0, 0.1], [0, 0, 0]], dtype=torch.float64)
+
+    def made_of(weights: Tensor) -> Tensor:
+        return (weights[..., None] * outputs).sum(1)
+
+    found = shares(made_of(weights), outputs)
+    assert found is not None and torch.allclose(found, weights)
+    assert fault(made_of(weights), outputs, weights) is None
+    assert fault(made_of(2 * weights), outputs, weights) == "weights"
+    assert fault(made_of(weights * torch.tensor([1, 0, 1])), outputs, weights) == "missing"
+    assert fault(made_of(weights + torch.tensor([0, 0, 0.1])), outputs, weights) == "unasked"
+    # a row of another token, or no row at all
+    assert fault(made_of(weights).roll(1, 0), outputs, weights) == "astray"
+    assert fault(made_of(weights) * math.nan, outputs, weights) == "astray"
+
+
+def test_hints_of_answers_that_nobody_planted_are_words() -> None:
+    def hint(name: str, answer: Answer) -> str:
+        return judge(exercise(name), answer).hint
+
+    scaled = hint("08.mixture", lambda x, logits, experts, k: 1.1 * chapter_08.mixture(x, logits, experts, k))
+    assert "with other weights" in scaled
+    moved = hint("08.mixture", lambda x, logits, experts, k: chapter_08.mixture(x, logits, experts, k).roll(1, 0))
+    assert "the inverse of the order" in moved
+    three = hint("08.mixture", lambda x, logits, experts, k: chapter_08.mixture(x, logits, experts, 3))
+    assert "none of its best" in three
+    assert "not finite" in hint("08.mixture", lambda x, logits, experts, k: x * math.nan)
+    no_sum = hint("08.mixture", lambda x, logits, experts, k: torch.stack([x] * k, 1))
+    assert no_sum == "return a row for each token, a tensor [N, D] = [9, 8]: what its experts make is added up"
+    assert "more rows of a sequence" in hint("08.kept", lambda experts, n, c: torch.ones_like(experts))
+    assert "while its expert has room" in hint("08.kept", lambda experts, n, c: torch.zeros_like(experts))
+    flat = hint("08.kept", lambda experts, n, c: keep(experts, n, c).flatten(1))
+    assert flat.endswith("a tensor [B, T, K] = [3, 8, 2] of bool")
 
 
 def dispatched(mesh: Mesh, weights: Tensor) -> Tensor:
