@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from picotron_mini.collectives import all_reduce
 from picotron_mini.config import MoEConfig
 from picotron_mini.course.exercises import Answer, exercise, judge
 from picotron_mini.course.figures.moe import draw_load, draw_routes, draw_trade
@@ -16,8 +18,8 @@ from picotron_mini.course.figures.picture import Picture
 from picotron_mini.course.instruments.mixed import fault, shares
 from picotron_mini.course.moe_runs import SUBJECTS, TOKENS, make_rows, routes, small, train
 from picotron_mini.course.museum import kill
-from picotron_mini.course.tasks import chapter_08, chapter_08_dispatch
-from picotron_mini.mesh import Mesh
+from picotron_mini.course.tasks import chapter_08, chapter_08_common_loss, chapter_08_dispatch
+from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model import costs
 from picotron_mini.model.gpt import GPT, init_weights
 from picotron_mini.model.moe import Experts
@@ -141,6 +143,26 @@ def test_an_output_shows_how_much_of_each_expert_is_in_it() -> None:
     assert fault(made_of(weights) * math.nan, outputs, weights) == "astray"
 
 
+def test_shares_may_be_divided_in_float32_or_in_float64() -> None:
+    def divided(dtype: torch.dtype) -> Answer:
+        def answer(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
+            counts = all_reduce(one_hot(experts, p.shape[1]).sum((0, 1)), axis).to(dtype)
+            return p.shape[1] * experts.shape[1] * (counts * p.sum(0)).sum() / counts.sum() ** 2
+
+        return answer
+
+    assert judge(exercise("08.auxiliary"), divided(torch.float64)).passed
+    assert judge(exercise("08.auxiliary"), divided(torch.float32)).passed
+
+
+def test_no_two_hints_of_the_common_loss_stand_for_one_factor() -> None:
+    """What is read from the gradient is a number; two reasons for the same one could not be told apart."""
+    ranks, experts, k = chapter_08_common_loss.RANKS, chapter_08_common_loss.EXPERTS, chapter_08_common_loss.K
+    tokens = sum(len(chapter_08_common_loss._auxiliary_case(rank)[0]) for rank in range(ranks))
+    factors = [k, tokens * k, 1 / k, tokens, 1 / experts, ranks, 1 / ranks]
+    assert len({round(math.log(factor), 6) for factor in factors} | {0.0}) == len(factors) + 1
+
+
 def test_hints_of_answers_that_nobody_planted_are_words() -> None:
     def hint(name: str, answer: Answer) -> str:
         return judge(exercise(name), answer).hint
@@ -156,6 +178,7 @@ def test_hints_of_answers_that_nobody_planted_are_words() -> None:
     assert no_sum == "return a row for each token, a tensor [N, D] = [9, 8]: what its experts make is added up"
     assert "more rows of a sequence" in hint("08.kept", lambda experts, n, c: torch.ones_like(experts))
     assert "while its expert has room" in hint("08.kept", lambda experts, n, c: torch.zeros_like(experts))
+    assert "return one number" in hint("08.auxiliary", lambda p, experts, axis: p.mean(0))
     flat = hint("08.kept", lambda experts, n, c: keep(experts, n, c).flatten(1))
     assert flat.endswith("a tensor [B, T, K] = [3, 8, 2] of bool")
 
