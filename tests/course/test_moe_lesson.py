@@ -18,13 +18,19 @@ from picotron_mini.course.figures.picture import Picture
 from picotron_mini.course.instruments.mixed import fault, shares
 from picotron_mini.course.moe_runs import SUBJECTS, TOKENS, make_rows, routes, small, train
 from picotron_mini.course.museum import kill
-from picotron_mini.course.tasks import chapter_08, chapter_08_common_loss, chapter_08_dispatch
+from picotron_mini.course.tasks import (
+    chapter_08,
+    chapter_08_common_loss,
+    chapter_08_dispatch,
+    chapter_08_dispatch_budget,
+)
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model import costs
 from picotron_mini.model.gpt import GPT, init_weights
 from picotron_mini.model.moe import Experts
 from picotron_mini.model.routing import keep
 from picotron_mini.moe.dispatch import ExpertDispatch
+from picotron_mini.parallel.expert_traffic import rows_for
 
 pytestmark = pytest.mark.slow  # each check starts ranks
 
@@ -102,8 +108,10 @@ def test_routes_are_those_of_the_router() -> None:
 
 def test_no_rank_of_the_exercise_sends_as_many_rows_as_it_receives() -> None:
     """Else an answer that keeps the forward's numbers would be right somewhere."""
-    rows = torch.tensor(chapter_08_dispatch.ROWS)
-    assert (rows.sum(0) != rows.sum(1)).all()
+    chosen = [chapter_08_dispatch_budget._tokens_of(rank)[1] for rank in range(chapter_08_dispatch.RANKS)]
+    routed = [rows_for(each.tolist(), len(chosen), chapter_08_dispatch_budget.HELD) for each in chosen]
+    for rows in (torch.tensor(chapter_08_dispatch.ROWS), torch.tensor(routed)):
+        assert (rows.sum(0) != rows.sum(1)).all()
 
 
 def test_another_right_answer_passes() -> None:
@@ -179,6 +187,7 @@ def test_hints_of_answers_that_nobody_planted_are_words() -> None:
     assert "more rows of a sequence" in hint("08.kept", lambda experts, n, c: torch.ones_like(experts))
     assert "while its expert has room" in hint("08.kept", lambda experts, n, c: torch.zeros_like(experts))
     assert "return one number" in hint("08.auxiliary", lambda p, experts, axis: p.mean(0))
+    assert hint("08.dispatch", lambda x, *rest: x[:0]).startswith("return a row for each token")
     flat = hint("08.kept", lambda experts, n, c: keep(experts, n, c).flatten(1))
     assert flat.endswith("a tensor [B, T, K] = [3, 8, 2] of bool")
 
