@@ -354,7 +354,7 @@ def test_debug_shows_the_traceback() -> None:
 
 SMALL = "A text of some lines.\n" * 100
 CANNOT_START: dict[str, tuple[str, list[str]]] = {
-    "heads": ("tp=3", ["tp=3", "num_heads=4", "tp could be 2 or 4"]),
+    "heads": ("tp=3", ["num_heads=4; tp could be 1 or 2\n", "num_kv_heads=2; tp could be 1 or 2\n"]),
     "key-value heads": ("tp=4", ["tp=4", "num_kv_heads=2", "tp could be"]),
     "the MLP": ("tp=2 --intermediate-size 63", ["intermediate_size=63"]),
     "layers": ("pp=3", ["pp=3", "num_layers=2", "pp<=2"]),
@@ -587,6 +587,10 @@ def test_plan_rehearses_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
         (["--ranks", "2", "--machine", "h100", "--memory-gib", "nan"], "memory_gib=nan must be a number above 0"),
         (["tp=2", "--machine", "h100", "--tensor-overlap", "2"], "plan does not predict what tensor_overlap=2 hides"),
         (["--ranks", "2", "--machine", "h100", "--measure"], "asks for another"),
+        (
+            ["tp=3", "--machine", "h100"],
+            "num_heads=4; tp could be 1 or 2\ntp=3 does not divide num_kv_heads=2; tp could be 1 or 2",
+        ),
         (
             ["--ranks", "3", "--machine", "h100"],
             "2 or 4 would. With dp=3: batch_size=4 does not split over dp=3",
