@@ -2,7 +2,8 @@
 
 Each `*_problems` returns sentences that name the setting, its value and the nearest ones that work; an empty list
 means legal. `resolve` fills what was left open (layout, device, number of micro-batches), asks all of them, and
-refuses a run with every problem at once, before a process is started.
+refuses a run with every problem at once, before a process is started. What is legal and gains less than one would think
+is a notice: `train`, `bench`, `plan` and `describe` print it.
 """
 
 from __future__ import annotations
@@ -366,6 +367,29 @@ def freeze_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
     if not found and all(train.freezes(name) for name in names):
         found.append(f"freeze={' '.join(train.freeze)} freezes every parameter and leaves nothing to train")
     return found
+
+
+def notices(run: RunConfig) -> list[str]:
+    """What a legal run does not gain, in words; empty when there is nothing to say.
+
+    ZeRO cuts dim 0 of a parameter, which for experts is their number: of too few, each lies whole on one rank.
+
+    Args:
+        run: resolved.
+    """
+    moe, mesh, train = run.model.moe, run.mesh, run.train
+    if moe is None or not train.zero:
+        return []
+    held = moe.num_experts // mesh.ep + train.expert_replicas
+    ranks = mesh.edp_inside(train.zero_group) if mesh.ep > 1 else train.zero_group or mesh.dp
+    if held >= ranks:
+        return []
+    same, saves = ("expert", "nothing on it") if held == 1 else (str(held), f"no more than among {held} ranks")
+    without = f"{ranks - held} {'goes' if ranks - held == 1 else 'go'} without"
+    return [
+        f"zero={train.zero} deals out whole experts, and {ranks} ranks hold the same {same} of each layer: who gets "
+        f"one saves {saves}, and {without}; only tp cuts an expert itself"
+    ]
 
 
 def _batch(train: TrainConfig, dp: int) -> tuple[TrainConfig, list[str]]:
