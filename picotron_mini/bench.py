@@ -7,6 +7,7 @@ tokens/s per rank = global tokens / median step time / ranks.   MFU = tokens/s p
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,8 @@ from .calibrate import with_bucket
 from .collectives import ledger
 from .config import ConfigError, RunConfig
 from .data.loader import Batch
-from .launch import launch
-from .legality import resolve
+from .launch import first_rank, launch
+from .legality import notices, resolve
 from .mesh import Mesh
 from .model.costs import flops_per_token, parameters
 from .monitoring.exposed import profiled
@@ -55,6 +56,8 @@ def bench(run: RunConfig, warmup: int = 3, profile: bool = False) -> dict[str, A
     size, train = run.mesh.world_size, run.train
     if profile and train.device != "cuda":
         raise ConfigError("a profile tells kernels of compute and communication apart, and only GPUs have both")
+    for notice in notices(run) if first_rank() else ():
+        print(f"note: {notice}", file=sys.stderr, flush=True)
     ranks = launch(_on_rank, run, warmup, profile, world_size=size, device=train.device, timeout=None, output="hide")
     seconds = ranks[0]["step_seconds"]
     speed = train.batch_size * train.seq_len / statistics.median(seconds) / size

@@ -2,7 +2,8 @@
 
 Each `*_problems` returns sentences that name the setting, its value and the nearest ones that work; an empty list
 means legal. `resolve` fills what was left open (layout, device, number of micro-batches), asks all of them, and
-refuses a run with every problem at once, before a process is started.
+refuses a run with every problem at once, before a process is started. What is legal and gains less than one would think
+is a notice: `train`, `bench`, `plan` and `describe` print it.
 """
 
 from __future__ import annotations
@@ -24,21 +25,38 @@ def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
     found = model_problems(model)
     if found:
         return found
+    fits = nearest(mesh.tp, [tp for tp in fitting_tp(model) if tp <= 4 * mesh.tp])  # what all sentences advise
+    wrong = {name: size for name, size in _cut_sizes(model).items() if size % mesh.tp}
+    found += [f"tp={mesh.tp} does not divide {name}={size}; tp could be {fits}" for name, size in wrong.items()]
+    if not _all_have_rows(model.vocab_size, mesh.tp):
+        larger = next(n for n in range(model.vocab_size, model.vocab_size + mesh.tp) if _all_have_rows(n, mesh.tp))
+        found.append(
+            f"tp={mesh.tp} leaves a rank without any of vocab_size={model.vocab_size}; tp could be {fits}"
+            + ("" if wrong else f", or vocab_size={larger}")
+        )
+    if mesh.pp > model.num_layers:
+        found.append(f"pp={mesh.pp} is more than num_layers={model.num_layers}; use pp<={model.num_layers}")
+    return found
+
+
+def _cut_sizes(model: ModelConfig) -> dict[str, int]:
+    """What tensor parallelism cuts into equal parts."""
     sizes = {name: getattr(model, name) for name in ("num_heads", "num_kv_heads", "intermediate_size")}
     if model.moe is not None:
         sizes |= {"expert_size": model.moe.expert_size, "shared_size": model.moe.shared_size}
         if not model.moe.dense_layers:
             del sizes["intermediate_size"]  # no layer has such an MLP
-    for name, size in sizes.items():
-        if size % mesh.tp:
-            fits = [d for d in divisors(size) if d <= 4 * mesh.tp]
-            found.append(f"tp={mesh.tp} does not divide {name}={size}; tp could be {nearest(mesh.tp, fits)}")
-    vocab = model.vocab_size
-    if vocab and (mesh.tp - 1) * -(-vocab // mesh.tp) >= vocab:
-        found.append(f"tp={mesh.tp} leaves a rank without any of vocab_size={vocab}; a larger vocabulary or tp=1 works")
-    if mesh.pp > model.num_layers:
-        found.append(f"pp={mesh.pp} is more than num_layers={model.num_layers}; use pp<={model.num_layers}")
-    return found
+    return sizes
+
+
+def _all_have_rows(vocab: int, tp: int) -> bool:
+    """Whether each of tp ranks has a part of a vocabulary (0: not known yet)."""
+    return not vocab or (tp - 1) * -(-vocab // tp) < vocab
+
+
+def fitting_tp(model: ModelConfig) -> list[int]:
+    """Every tp over which a legal model can be cut, ascending."""
+    return [tp for tp in divisors(gcd(*_cut_sizes(model).values())) if _all_have_rows(model.vocab_size, tp)]
 
 
 def expert_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
@@ -134,6 +152,21 @@ def context_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) ->
     ]
 
 
+def sequence_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """Whether tp ranks can share the tokens between their layers, in words; empty when they can.
+
+    A length is not judged by a tp that the model refuses: another is needed, which other lengths may fit.
+    """
+    if not train.sequence_parallel or model_problems(model) or mesh.tp not in fitting_tp(model):
+        return []
+    parts, why = mesh.cp * mesh.tp, f"tp={mesh.tp}" if mesh.cp == 1 else f"cp*tp={mesh.cp * mesh.tp}"
+    if not train.seq_len % parts:
+        return []
+    step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
+    fits = nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
+    return [f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; seq_len could be {fits}"]
+
+
 def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -> list[str]:
     """What keeps a pipeline schedule from running on a layout, in words; `train` has its micro-batches filled."""
     name, chunks = f"schedule={train.schedule}", train.chunks
@@ -171,11 +204,6 @@ def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -
 def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     """What is wrong with the settings of the work itself, alone or on this mesh, in words."""
     found = []
-    parts, why = mesh.cp * mesh.tp, f"tp={mesh.tp}" if mesh.cp == 1 else f"cp*tp={mesh.cp * mesh.tp}"
-    if train.sequence_parallel and train.seq_len % parts:
-        step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
-        fits = nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
-        found.append(f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; it could be {fits}")
     if train.tensor_overlap > 1:
         if mesh.tp == 1:
             found.append(
@@ -336,6 +364,29 @@ def freeze_problems(model: ModelConfig, train: TrainConfig) -> list[str]:
     return found
 
 
+def notices(run: RunConfig) -> list[str]:
+    """What a legal run does not gain, in words; empty when there is nothing to say.
+
+    ZeRO cuts dim 0 of a parameter, which for experts is their number: of too few, each lies whole on one rank.
+
+    Args:
+        run: resolved.
+    """
+    moe, mesh, train = run.model.moe, run.mesh, run.train
+    if moe is None or not train.zero:
+        return []
+    held = moe.num_experts // mesh.ep + train.expert_replicas
+    ranks = mesh.edp_inside(train.zero_group) if mesh.ep > 1 else train.zero_group or mesh.dp
+    if held >= ranks:
+        return []
+    same, saves = ("expert", "nothing on it") if held == 1 else (str(held), f"no more than among {held} ranks")
+    without = f"{ranks - held} {'goes' if ranks - held == 1 else 'go'} without"
+    return [
+        f"zero={train.zero} deals out whole experts, and {ranks} ranks hold the same {same} of each layer: who gets "
+        f"one saves {saves}, and {without}; only tp cuts an expert itself"
+    ]
+
+
 def _batch(train: TrainConfig, dp: int) -> tuple[TrainConfig, list[str]]:
     """Fill batch_size = dp * micro_batch_size * micro_batches from those that are set."""
     batch, size, number = train.batch_size, train.micro_batch_size, train.micro_batches
@@ -385,7 +436,12 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
         found.append("device=cuda, and torch sees no GPU; use device=cpu, or install a GPU build of torch")
     elif device == "cuda" and mesh.world_size > gpus:
         found.append(f"layout {mesh} needs {mesh.world_size} GPUs and there are {gpus}; use fewer ranks or device=cpu")
-    found += training_problems(mesh, train) + freeze_problems(model, train) + cuda_graph_problems(model, mesh, train)
+    found += (
+        sequence_problems(model, mesh, train)
+        + training_problems(mesh, train)
+        + freeze_problems(model, train)
+        + cuda_graph_problems(model, mesh, train)
+    )
     if not 0 < run.data.val_fraction < 1:
         found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
     if found:

@@ -35,7 +35,7 @@ from .calibrate import MISSED, calibrated, on_one_rank
 from .config import ConfigError, MeshShape, RunConfig, UserError, divisors
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
-from .legality import expert_problems, resolve
+from .legality import expert_problems, notices, resolve
 from .monitoring.metrics import read_metrics
 from .monitoring.units import bytes_text
 from .parallel.expert_costs import skew_of_loads
@@ -247,4 +247,4 @@ def _one(found: Prediction, machine: Machine) -> RenderableType:
         memory.add_row(name, bytes_text(size))
     for axis, count in by_axis(found).items():
         sent.add_row(axis, f"{count:,}")
-    return Group(seconds, memory, sent)
+    return Group(seconds, memory, sent, *(f"note: {notice}" for notice in notices(found.run)))

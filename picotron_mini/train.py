@@ -28,6 +28,7 @@ from .collectives import ledger
 from .config import RunConfig, UserError
 from .data.loader import Batch, Loader, data_rows
 from .launch import launch, under_torchrun
+from .legality import notices
 from .mesh import Mesh
 from .model.costs import parameters
 from .moe.dispatch import recording
@@ -128,7 +129,7 @@ def _headline(ready: ReadyRun) -> str:
     return (
         f"{number} on {run.mesh.world_size} {run.train.device} rank(s), "
         f"{run.layout}, {run.train.dtype}; {ready.prepared.train_tokens:,} tokens of {ready.prepared.source}\n"
-        f"run folder: {ready.folder}"
+        f"run folder: {ready.folder}" + "".join(f"\nnote: {notice}" for notice in notices(run))
     )
 
 

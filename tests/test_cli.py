@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from picotron_mini import bench as bench_module
 from picotron_mini import train as train_module
 from picotron_mini.cli import COMMANDS, main
 from picotron_mini.config import (
@@ -26,6 +27,7 @@ from picotron_mini.config import (
     RopeScaling,
     RunConfig,
     TrainConfig,
+    UserError,
     from_dict,
     to_dict,
 )
@@ -354,7 +356,7 @@ def test_debug_shows_the_traceback() -> None:
 
 SMALL = "A text of some lines.\n" * 100
 CANNOT_START: dict[str, tuple[str, list[str]]] = {
-    "heads": ("tp=3", ["tp=3", "num_heads=4", "tp could be 2 or 4"]),
+    "heads": ("tp=3", ["num_heads=4; tp could be 1 or 2\n", "num_kv_heads=2; tp could be 1 or 2\n"]),
     "key-value heads": ("tp=4", ["tp=4", "num_kv_heads=2", "tp could be"]),
     "the MLP": ("tp=2 --intermediate-size 63", ["intermediate_size=63"]),
     "layers": ("pp=3", ["pp=3", "num_layers=2", "pp<=2"]),
@@ -564,6 +566,48 @@ def test_a_skew_needs_a_run_with_such_experts(capfd: pytest.CaptureFixture[str],
         assert words in capfd.readouterr().err
 
 
+TWO = ["--num-experts", "2", "--top-k", "1", "--no-normalize", "--expert-size", "16"]
+NOTE = "note: zero=1 deals out whole experts, and 2 ranks hold the same expert of each layer"
+
+
+def test_plan_notes_too_few_experts_for_zero(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    there = ["dp=4,ep=2", "--machine", "h100", "--zero", "1"]
+    assert planned(*there, *TWO) == 0
+    assert NOTE in capfd.readouterr().out
+    assert planned(*there, *EIGHT) == 0
+    assert "note" not in capfd.readouterr().out
+    assert planned(*there, *TWO, "--json") == 0
+    (layout,) = json.loads(capfd.readouterr().out)["layouts"]
+    assert [f"note: {notice}".startswith(NOTE) for notice in layout["notices"]] == [True]
+    assert planned("--ranks", "4", "--machine", "h100", *TWO) == 0  # on the first of those that are shown
+    out = re.sub(r"\s+", " ", capfd.readouterr().out)
+    assert re.search(r"note on dp=[\w,=]+: zero=1 deals out whole experts", out)
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_too_few_experts_for_zero_are_noted_before_a_process_starts(
+    command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(SMALL)
+    said = []
+
+    def no_process(*args: Any, **options: Any) -> None:
+        said.append("".join(capfd.readouterr()))
+        raise UserError("no further")
+
+    monkeypatch.setattr(train_module, "launch", no_process)
+    monkeypatch.setattr(bench_module, "launch", no_process)
+    for experts in (TWO, EIGHT):
+        text = ["--text", "text.txt", "--name", str(len(said))] if command == "train" else []
+        with pytest.raises(SystemExit):
+            main([command, *TINY, "dp=4,ep=2", "--device", "cpu", "--zero", "1", *experts, *text])
+    assert [NOTE in each for each in said] == [True, False]
+
+
 def test_a_flag_of_experts_makes_a_mixture(taken: Callable[..., RunConfig]) -> None:
     assert taken().model.moe is None
     assert taken("--num-experts", "16").model.moe == MoEConfig(num_experts=16)
@@ -587,6 +631,10 @@ def test_plan_rehearses_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
         (["--ranks", "2", "--machine", "h100", "--memory-gib", "nan"], "memory_gib=nan must be a number above 0"),
         (["tp=2", "--machine", "h100", "--tensor-overlap", "2"], "plan does not predict what tensor_overlap=2 hides"),
         (["--ranks", "2", "--machine", "h100", "--measure"], "asks for another"),
+        (
+            ["tp=3", "--machine", "h100"],
+            "num_heads=4; tp could be 1 or 2\ntp=3 does not divide num_kv_heads=2; tp could be 1 or 2",
+        ),
         (
             ["--ranks", "3", "--machine", "h100"],
             "2 or 4 would. With dp=3: batch_size=4 does not split over dp=3",

@@ -15,6 +15,7 @@ from picotron_mini.config import (
     DataConfig,
     MeshShape,
     ModelConfig,
+    MoEConfig,
     RopeScaling,
     RunConfig,
     TrainConfig,
@@ -117,7 +118,7 @@ def test_a_model_can_choose_its_head_dim() -> None:
             {},
             MeshShape(tp=4),
             [
-                "tp=4 does not divide num_heads=6; tp could be 2 or 3",
+                "tp=4 does not divide num_heads=6; tp could be 1 or 2",
                 "tp=4 does not divide num_kv_heads=2; tp could be 1 or 2",
             ],
         ),
@@ -126,9 +127,18 @@ def test_a_model_can_choose_its_head_dim() -> None:
         (
             {"num_heads": 4, "num_kv_heads": 4, "vocab_size": 5},
             MeshShape(tp=4),
-            ["tp=4 leaves a rank without any of vocab_size=5"],
+            ["tp=4 leaves a rank without any of vocab_size=5; tp could be 1 or 2, or vocab_size=7"],
         ),
         ({"num_heads": 4, "num_kv_heads": 4, "vocab_size": 7}, MeshShape(tp=4), []),
+        # a larger vocabulary alone would not help
+        (
+            {"num_heads": 4, "vocab_size": 5},
+            MeshShape(tp=4),
+            [
+                "tp=4 does not divide num_kv_heads=2; tp could be 1 or 2",
+                "tp=4 leaves a rank without any of vocab_size=5; tp could be 1 or 2",
+            ],
+        ),
         ({"vocab_size": 0}, MeshShape(tp=2), []),  # not known yet: the tokenizer will say
     ],
 )
@@ -141,13 +151,41 @@ def test_layout_problems_name_the_value_and_what_works(
         assert message in problem
 
 
-def test_the_sizes_that_are_suggested_do_work() -> None:
-    model = replace(MODEL, num_heads=12, num_kv_heads=12, vocab_size=0)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_heads": 12, "num_kv_heads": 12, "vocab_size": 0},
+        {"num_heads": 12, "num_kv_heads": 4},
+        {"num_heads": 15, "num_kv_heads": 5, "intermediate_size": 90},
+        {"num_heads": 12, "num_kv_heads": 12, "vocab_size": 9},
+        {"num_heads": 8, "num_kv_heads": 4, "moe": MoEConfig(num_experts=4, top_k=2, expert_size=12, shared_size=6)},
+        {"num_heads": 8, "num_kv_heads": 8, "moe": MoEConfig(4, 2, expert_size=24, dense_layers=1)},
+    ],
+)
+def test_what_is_said_about_tp_agrees_and_works(change: dict[str, Any]) -> None:
+    """Each size by itself would allow another tp; what is advised must do for all of them."""
+    model = replace(MODEL, head_dim=8, **change)
+    legal = [tp for tp in range(1, 60) if not layout_problems(model, MeshShape(tp=tp))]
     for tp in range(1, 14):
-        for problem in layout_problems(model, MeshShape(tp=tp)):
-            for suggested in problem.split("could be ")[1].split(" or "):
-                setting = problem.split("divide ")[1].split("=")[0]
-                assert getattr(model, setting) % int(suggested) == 0
+        said = [problem.partition("tp could be ")[2] for problem in layout_problems(model, MeshShape(tp=tp))]
+        assert bool(said) == (tp not in legal)
+        for text in said:
+            advised, _, vocab = text.partition(", or vocab_size=")
+            numbers = [int(each) for each in advised.split(" or ")]
+            far = sorted(abs(other - tp) for other in legal if other <= 4 * tp)
+            assert set(numbers) <= set(legal) and sorted(abs(each - tp) for each in numbers) == far[:2]
+            if vocab:
+                assert not layout_problems(replace(model, vocab_size=int(vocab)), MeshShape(tp=tp))
+        assert len({text.partition(",")[0] for text in said}) <= 1
+
+
+def test_a_length_is_not_judged_by_a_tp_that_the_model_refuses() -> None:
+    """It was told to be 15 or 18, and tp to be 1 or 2: whoever did both was refused again."""
+    train = TrainConfig(seq_len=16, sequence_parallel=True)
+    with pytest.raises(ConfigError) as error:
+        resolve(RunConfig(layout="tp=3", model=MODEL, train=train))
+    assert str(error.value) == "tp=3 does not divide num_kv_heads=2; tp could be 1 or 2"
+    resolve(RunConfig(layout="tp=2", model=MODEL, train=train))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +215,7 @@ def test_the_sizes_that_are_suggested_do_work() -> None:
         (
             "cp=3,tp=2",
             {"seq_len": 21, "context": "ulysses", "sequence_parallel": True},
-            "sequence_parallel: cp*tp=6 does not divide seq_len=21; it could be 12 or 24",
+            "sequence_parallel: cp*tp=6 does not divide seq_len=21; seq_len could be 12 or 24",
         ),
         (
             "cp=2,tp=2",
@@ -440,5 +478,7 @@ def test_sequence_parallel_needs_equal_parts_of_the_sequence() -> None:
             layout="tp=3", model=ModelConfig(intermediate_size=96, num_heads=6, num_kv_heads=3, head_dim=8), train=train
         )
     )
-    with pytest.raises(ConfigError, match="sequence_parallel: tp=2 does not divide seq_len=9; it could be 8 or 10"):
+    with pytest.raises(
+        ConfigError, match="sequence_parallel: tp=2 does not divide seq_len=9; seq_len could be 8 or 10"
+    ):
         resolve(RunConfig(layout="tp=2", train=train))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..config import RunConfig
 from ..layout import Placement
+from ..legality import notices
 from ..mesh import coordinates
 from .actions import route_of
 from .parallelize import layout_of, stage_layers
@@ -140,7 +141,7 @@ def describe(run: RunConfig) -> RenderableType:
     for axis, operation in sorted({key for traffic in most for key in traffic}):
         numbers = [f"{traffic[axis, operation]:,}" for traffic in most]
         bytes_.add_row(axis, operation, _when(run, (axis, operation)), *numbers)
-    return Group(places, bytes_)
+    return Group(places, bytes_, *(f"note: {notice}" for notice in notices(run)))
 
 
 def _span(layers: range) -> str:

@@ -26,7 +26,7 @@ from math import gcd
 from typing import Any
 
 from ..config import ConfigError, MeshShape, ModelConfig, RunConfig, divisors
-from ..legality import resolve
+from ..legality import notices, resolve
 from .machine import Machine
 from .messages import crosses_hosts
 from .predict import Prediction, predict
@@ -220,6 +220,7 @@ def to_dict(found: Prediction) -> dict[str, Any]:
     step_seconds, tokens_per_second, seconds    of a step; of all ranks together; the former by what it is spent on
     memory_bytes, memory, fits    of the rank that needs most; by what it is for; whether the machine has it
     bytes                 that a rank sends in a step, by axis
+    notices               what it does not gain, in words (`legality.notices`)
     """
     train = found.run.train
     sent = by_axis(found)
@@ -231,6 +232,7 @@ def to_dict(found: Prediction) -> dict[str, Any]:
         "seconds": {name: found.parts.get(name, 0.0) for name in SPENT},
         "memory_bytes": found.memory_bytes, "memory": {name: found.memory.get(name, 0) for name in NEEDED},
         "fits": found.fits, "bytes": {axis: sent.get(axis, 0) for axis in SENT},
+        "notices": notices(found.run),
     }  # fmt: skip
 
 

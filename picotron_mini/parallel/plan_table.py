@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from ..config import MeshShape
+from ..legality import notices
 from .machine import GIB
 from .plan import Plan, by_axis
 from .predict import Prediction
@@ -46,6 +47,9 @@ def table(result: Plan, rows: int = 10, width: int = 120) -> Table:
     caption = f"rates: {result.machine.source}"
     if any(found.skew > 1 for found in shown):
         caption += "; step s and GiB are those of ranks with the busiest experts, at the skew that was given"
+    noted = next(((found.run.layout, notice) for found in shown for notice in notices(found.run)), None)
+    if noted:
+        caption += "\nnote on {}: {}".format(*noted)
     out = Table(
         title=f"{result.ranks} ranks of {result.machine.name}, {result.machine.memory / GIB:.3g} GiB each: {verdict}",
         title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),

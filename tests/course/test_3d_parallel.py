@@ -21,7 +21,8 @@ from picotron_mini.course.figures.layout import (
 )
 from picotron_mini.course.figures.picture import Picture
 from picotron_mini.course.museum import MODEL, TRAIN, kill
-from picotron_mini.course.tasks import chapter_07_ranks
+from picotron_mini.course.tasks import chapter_07, chapter_07_ranks
+from picotron_mini.course.tasks.chapter_07 import Answer
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh, coordinates
 from picotron_mini.parallel.machine import MACHINES
@@ -113,6 +114,35 @@ def test_the_budget_refuses_other_work() -> None:
 def test_the_budget_wants_a_layout_and_settings() -> None:
     hint = chapter_07_ranks._run_choose(lambda: "dp=8")
     assert hint == """return a layout and a dict of settings, as ("dp=8", {"zero": 1}), not 'dp=8'"""
+
+
+def _all_but(kind: str, axis: str) -> Answer:
+    """Right but for one axis of one kind of parameter: named where it should not be, and not where it should."""
+
+    def answer(asked: str, shape: MeshShape, between: bool) -> set[str]:
+        right = chapter_07.summed(asked, shape, between)
+        return right ^ {axis} if asked == kind and getattr(shape, axis) > 1 else right
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis", "words"),
+    [(kind, "dp", "other sequences") for kind in ("matrix", "norm", "tied")]
+    + [(kind, "cp", "other tokens") for kind in ("matrix", "norm", "tied")]
+    + [(kind, "tp", "different slices") for kind in ("matrix", "tied")]
+    + [("norm", "tp", "sequence parallelism"), ("matrix", "pp", "different layers")]
+    + [("norm", "pp", "different layers"), ("tied", "pp", "the first stage and on the last")],
+)
+def test_an_axis_too_many_or_too_few_is_explained(kind: str, axis: str, words: str) -> None:
+    hint = chapter_07._run_summed(_all_but(kind, axis))
+    assert hint is not None and words in hint
+
+
+@pytest.mark.parametrize("said", [None, 3, "dp", ["world"], [("dp", "cp")]])
+def test_what_is_no_set_of_axes_is_told_so(said: object) -> None:
+    hint = chapter_07._run_summed(lambda *case: said)
+    assert hint is not None and hint.startswith("return a set of axes of the mesh")
 
 
 def knows_its_place(mesh: Mesh) -> None:

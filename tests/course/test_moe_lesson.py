@@ -8,20 +8,29 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from picotron_mini.collectives import all_reduce
 from picotron_mini.config import MoEConfig
-from picotron_mini.course.exercises import judge
+from picotron_mini.course.exercises import Answer, exercise, judge
 from picotron_mini.course.figures.moe import draw_load, draw_routes, draw_trade
 from picotron_mini.course.figures.picture import Picture
+from picotron_mini.course.instruments.mixed import fault, shares
 from picotron_mini.course.moe_runs import SUBJECTS, TOKENS, make_rows, routes, small, train
 from picotron_mini.course.museum import kill
-from picotron_mini.course.tasks import chapter_08_dispatch
-from picotron_mini.mesh import Mesh
+from picotron_mini.course.tasks import (
+    chapter_08,
+    chapter_08_common_loss,
+    chapter_08_dispatch,
+    chapter_08_dispatch_budget,
+)
+from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model import costs
 from picotron_mini.model.gpt import GPT, init_weights
 from picotron_mini.model.moe import Experts
 from picotron_mini.model.routing import keep
 from picotron_mini.moe.dispatch import ExpertDispatch
+from picotron_mini.parallel.expert_traffic import rows_for
 
 pytestmark = pytest.mark.slow  # each check starts ranks
 
@@ -99,13 +108,14 @@ def test_routes_are_those_of_the_router() -> None:
 
 def test_no_rank_of_the_exercise_sends_as_many_rows_as_it_receives() -> None:
     """Else an answer that keeps the forward's numbers would be right somewhere."""
-    rows = torch.tensor(chapter_08_dispatch.ROWS)
-    assert (rows.sum(0) != rows.sum(1)).all()
+    chosen = [chapter_08_dispatch_budget._tokens_of(rank)[1] for rank in range(chapter_08_dispatch.RANKS)]
+    routed = [rows_for(each.tolist(), len(chosen), chapter_08_dispatch_budget.HELD) for each in chosen]
+    for rows in (torch.tensor(chapter_08_dispatch.ROWS), torch.tensor(routed)):
+        assert (rows.sum(0) != rows.sum(1)).all()
 
 
 def test_another_right_answer_passes() -> None:
     """Loops and no library."""
-    from picotron_mini.course.exercises import exercise
 
     def loops(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
         out = torch.zeros_like(experts, dtype=torch.bool)
@@ -120,6 +130,66 @@ def test_another_right_answer_passes() -> None:
     chosen = torch.rand(4, 9, 6).topk(2).indices
     assert torch.equal(loops(chosen, 6, 2), keep(chosen, 6, 2))
     assert judge(exercise("08.kept"), loops).passed
+
+
+def test_an_output_shows_how_much_of_each_expert_is_in_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)  # [N, E, D]
+    weights = torch.tensor([[0.7, 0.3, 0], [0, 0.5, 0.5], [0.9, 0, 0.1], [0, 0, 0]], dtype=torch.float64)
+
+    def made_of(weights: Tensor) -> Tensor:
+        return (weights[..., None] * outputs).sum(1)
+
+    found = shares(made_of(weights), outputs)
+    assert found is not None and torch.allclose(found, weights)
+    assert fault(made_of(weights), outputs, weights) is None
+    assert fault(made_of(2 * weights), outputs, weights) == "weights"
+    assert fault(made_of(weights * torch.tensor([1, 0, 1])), outputs, weights) == "missing"
+    assert fault(made_of(weights + torch.tensor([0, 0, 0.1])), outputs, weights) == "unasked"
+    # a row of another token, or no row at all
+    assert fault(made_of(weights).roll(1, 0), outputs, weights) == "astray"
+    assert fault(made_of(weights) * math.nan, outputs, weights) == "astray"
+
+
+def test_shares_may_be_divided_in_float32_or_in_float64() -> None:
+    def divided(dtype: torch.dtype) -> Answer:
+        def answer(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
+            counts = all_reduce(one_hot(experts, p.shape[1]).sum((0, 1)), axis).to(dtype)
+            return p.shape[1] * experts.shape[1] * (counts * p.sum(0)).sum() / counts.sum() ** 2
+
+        return answer
+
+    assert judge(exercise("08.auxiliary"), divided(torch.float64)).passed
+    assert judge(exercise("08.auxiliary"), divided(torch.float32)).passed
+
+
+def test_no_two_hints_of_the_common_loss_stand_for_one_factor() -> None:
+    """What is read from the gradient is a number; two reasons for the same one could not be told apart."""
+    ranks, experts, k = chapter_08_common_loss.RANKS, chapter_08_common_loss.EXPERTS, chapter_08_common_loss.K
+    tokens = sum(len(chapter_08_common_loss._auxiliary_case(rank)[0]) for rank in range(ranks))
+    factors = [k, tokens * k, 1 / k, tokens, 1 / experts, ranks, 1 / ranks]
+    assert len({round(math.log(factor), 6) for factor in factors} | {0.0}) == len(factors) + 1
+
+
+def test_hints_of_answers_that_nobody_planted_are_words() -> None:
+    def hint(name: str, answer: Answer) -> str:
+        return judge(exercise(name), answer).hint
+
+    scaled = hint("08.mixture", lambda x, logits, experts, k: 1.1 * chapter_08.mixture(x, logits, experts, k))
+    assert "with other weights" in scaled
+    moved = hint("08.mixture", lambda x, logits, experts, k: chapter_08.mixture(x, logits, experts, k).roll(1, 0))
+    assert "the inverse of the order" in moved
+    three = hint("08.mixture", lambda x, logits, experts, k: chapter_08.mixture(x, logits, experts, 3))
+    assert "none of its best" in three
+    assert "not finite" in hint("08.mixture", lambda x, logits, experts, k: x * math.nan)
+    no_sum = hint("08.mixture", lambda x, logits, experts, k: torch.stack([x] * k, 1))
+    assert no_sum == "return a row for each token, a tensor [N, D] = [9, 8]: what its experts make is added up"
+    assert "more rows of a sequence" in hint("08.kept", lambda experts, n, c: torch.ones_like(experts))
+    assert "while its expert has room" in hint("08.kept", lambda experts, n, c: torch.zeros_like(experts))
+    assert "return one number" in hint("08.auxiliary", lambda p, experts, axis: p.mean(0))
+    assert hint("08.dispatch", lambda x, *rest: x[:0]).startswith("return a row for each token")
+    flat = hint("08.kept", lambda experts, n, c: keep(experts, n, c).flatten(1))
+    assert flat.endswith("a tensor [B, T, K] = [3, 8, 2] of bool")
 
 
 def dispatched(mesh: Mesh, weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from picotron_mini.config import ConfigError, DataConfig, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from picotron_mini.layout import to_json
-from picotron_mini.legality import resolve
+from picotron_mini.legality import notices, resolve
 from picotron_mini.mesh import Mesh, coordinates, data_axis_of, expert_axis_of
 from picotron_mini.model.gpt import initial_weight
 from picotron_mini.parallel.describe import describe
@@ -166,6 +166,57 @@ def test_what_does_not_fit_is_refused_in_words(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         ready(layout, model, **train)
+
+
+FEW = "zero=1 deals out whole experts, and {} of each layer: who gets one saves {}; only tp cuts an expert itself"
+
+
+@pytest.mark.parametrize(
+    ("layout", "experts", "train", "said"),
+    [
+        ("dp=4,ep=2", 2, {}, ("2 ranks hold the same expert", "nothing on it, and 1 goes without")),
+        ("dp=2,cp=2,ep=2", 2, {}, ("2 ranks hold the same expert", "nothing on it, and 1 goes without")),
+        ("dp=8,ep=2", 4, {}, ("4 ranks hold the same 2", "no more than among 2 ranks, and 2 go without")),
+        ("dp=4", 3, {}, ("4 ranks hold the same 3", "no more than among 3 ranks, and 1 goes without")),
+        ("dp=8,ep=2", 6, {"expert_replicas": 1}, None),  # 4 slots on 4 ranks
+        ("dp=8,ep=2", 6, {}, ("4 ranks hold the same 3", "no more than among 3 ranks, and 1 goes without")),
+        ("dp=8,ep=2", 4, {"zero_group": 4}, None),  # each half of the ranks has 2 copies
+        ("dp=8,ep=2", 4, {"zero": 0}, None),
+        ("dp=4,ep=4", 4, {}, None),  # no copies, nothing to share out
+        ("dp=4,ep=2", 4, {}, None),
+        ("dp=8", 0, {}, None),  # a dense model
+    ],
+)
+def test_too_few_experts_for_zero_are_noticed(
+    layout: str, experts: int, train: dict[str, object], said: tuple[str, str] | None
+) -> None:
+    moe = replace(EXPERTS, num_experts=experts, top_k=1, groups=1, limit_groups=1, normalize=False) if experts else None
+    run = ready(layout, replace(MOE, moe=moe), **{"zero": 1, "seq_len": 16, **train})
+    assert notices(run) == ([FEW.format(*said)] if said else [])
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(("experts", "among"), [(2, "dp=2,ep=2"), (4, "dp=4,ep=2")])
+def test_what_is_noticed_about_zero_is_so(zero: int, experts: int, among: str) -> None:
+    """The rank that keeps most keeps as much as with so many ranks as there are experts; some keep nothing."""
+    moe = replace(EXPERTS, num_experts=experts, top_k=1, groups=1, limit_groups=1, normalize=False)
+
+    def kept(layout: str, zero: int) -> list[int]:
+        run = ready(layout, replace(MOE, moe=moe), zero=zero)
+        found = {name: place for name, place in layout_of(run).items() if ".experts." in name}
+        return [footprint(run, found, coordinates(run.mesh, rank)).total for rank in range(run.mesh.world_size)]
+
+    assert notices(ready("dp=8,ep=2", replace(MOE, moe=moe), zero=zero))
+    assert max(kept("dp=8,ep=2", zero)) >= max(kept(among, zero if experts > 2 else 0))
+    assert max(kept("dp=8,ep=2", 2)) > min(kept("dp=8,ep=2", 2))
+
+
+def test_describe_says_that_there_are_too_few_experts_for_zero() -> None:
+    for experts, words in ((2, True), (4, False)):
+        moe = replace(EXPERTS, num_experts=experts, top_k=1, groups=1, limit_groups=1, normalize=False)
+        out = io.StringIO()
+        Console(width=300, file=out).print(describe(ready("dp=4,ep=2", replace(MOE, moe=moe), zero=2)))
+        assert ("note: zero=2 deals out whole experts, and 2 ranks hold the same expert" in out.getvalue()) is words
 
 
 def test_describe_says_where_experts_are_and_when_tokens_travel() -> None:

@@ -175,7 +175,7 @@ def test_mutants_are_caught(mutant: Any, layout: str, moe: dict[str, Any], quant
 
 def test_layouts_that_do_not_fit_are_refused() -> None:
     for moe, said in (
-        (replace(MOE, expert_size=6), "tp=4 does not divide expert_size=6; tp could be 2 or 3"),
+        (replace(MOE, expert_size=6), "tp=4 does not divide expert_size=6; tp could be 1 or 2"),
         (replace(MOE, shared_size=6), "tp=4 does not divide shared_size=6"),
         (replace(MOE, top_k=7), "top_k=7 is more than num_experts=5"),
     ):
