@@ -35,7 +35,8 @@ from .calibrate import MISSED, calibrated, on_one_rank
 from .config import ConfigError, MeshShape, RunConfig, UserError, divisors
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
-from .legality import expert_problems, notices, resolve
+from .expert_legality import expert_problems
+from .legality import notices, resolve
 from .monitoring.metrics import read_metrics
 from .monitoring.units import bytes_text
 from .parallel.expert_costs import skew_of_loads

@@ -21,6 +21,7 @@ MODULES = {
 # From what all may import to what nobody may. A unit imports units of lower levels, and itself.
 LEVELS = {
     "config": 0,
+    "expert_legality": 1,
     "legality": 1,
     "presets": 1,
     "mesh": 1,

@@ -65,7 +65,7 @@ def expert_parallel(
 
     Args:
         model: a whole model or a stage of one, on any device, the meta device included.
-        axis: its size must divide the number of experts (`legality.expert_problems`).
+        axis: its size must divide the number of experts (`expert_legality.py`).
         parts: in how many the tokens are cut, to compute one while the next travels.
         replicas: slots for copies on each rank.
         device: where the tokens will be.
