@@ -21,8 +21,8 @@ beside it, for a layer and for a message.
 
 **Overlap.** A pass with an all_reduce under way beside it, against both alone: what share of the message was hidden?
 
-The result is kept in a file by the machine's fingerprint (device, cores, torch, dtype, compile, ranks, model), so that
-`plan` asks the machine once.
+The result is kept in a file by the machine's fingerprint (device, cores, torch, dtype, compile, micro-batch, ranks,
+model), so that `plan` asks the machine once.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from .parallel.parallelize import layout_of
 FREE = 1e30  # a rate that the fit found to cost nothing beside the others
 NEAR = 1e-3  # weight of what was measured alone
 COMPILED = 15  # operators of a compiled dense layer: seven products, attention, and what is fused between them
+METHOD = 2  # counts up when something is measured otherwise, so that no file of before is taken
 MISSED = 0.25  # by which a rate may fail to explain the very passes that it was made from
 # Seconds a unit, over those that were measured alone: the least and the most. Products of a layer may be narrow; a kept
 # activation is written once at least, and by eager code read and written several times; starts may hide behind work
@@ -117,16 +118,8 @@ def with_bucket(run: RunConfig, gpus: int) -> RunConfig:
 def _fingerprint(run: RunConfig, ranks: int) -> str:
     train = run.train
     device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu {os.cpu_count()}"
-    parts = [
-        device,
-        torch.__version__,
-        train.dtype,
-        train.compile,
-        train.seq_len,
-        train.document_mask,
-        ranks,
-        run.model,
-    ]
+    what = train.dtype, train.compile, train.seq_len, train.micro_batch_size, train.document_mask
+    parts = [METHOD, device, torch.__version__, *what, ranks, run.model]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -162,6 +162,12 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     ):  # fmt: skip
         if getattr(train, name) < least:
             found.append(f"{name}={getattr(train, name)} must be at least {least}")
+    tokens = train.micro_batch_size * train.seq_len // mesh.cp
+    if mesh.ep > 1 and train.dispatch_parts > tokens > 0:
+        found.append(
+            f"dispatch_parts={train.dispatch_parts} is more than the {tokens} tokens that a rank has of a micro-batch; "
+            f"use at most {tokens}"
+        )
     if train.recompute == "selective" and train.compile:
         found.append(
             "recompute=selective does not go with compile: a compiled layer already computes its elementwise steps "

@@ -113,8 +113,7 @@ def answer(run: RunConfig, wish: Wish, width: int = 120) -> Answer:
         }  # fmt: skip
         return Answer(dry_table(run, results), data, not problems)
     machine = choose_machine(run, wish, min(ranks, here))
-    on_gpu = wish.machine != "this" or bool(torch.cuda.device_count())
-    run = replace(run, train=replace(run.train, device="cuda" if on_gpu else "cpu"))
+    run = replace(run, train=replace(run.train, device="cpu" if machine.cores else "cuda"))
     about = {"machine": machine.name, "source": machine.source, "memory_bytes": machine.memory, "ranks": ranks,
              "sorted_by": "step_seconds"}  # fmt: skip
     if known:

@@ -42,6 +42,7 @@ from .expert_traffic import ITEMSIZE, Rows, even_rows, even_step, row_bytes
 DENSE, HEAD, MIXED, EACH, EXCHANGE = 47, 20, 73, 5, 37
 PACKED = {"same": 0, "bf16": 4, "fp8": 13}  # ... and what packing and unpacking add (`moe/payload.py`)
 GATHERED = 14  # ... and what is more with dispatch=allgather, in place of both
+AGAIN = {"alltoall": 54, "allgather": 31}  # ... and each part of the tokens after the first, beside experts and packing
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,10 @@ def operators(run: RunConfig) -> int:
     """What a layer with experts runs in a forward, where a dense one runs `DENSE`."""
     moe = run.model.moe
     assert moe is not None
-    held = moe.num_experts // run.mesh.ep + run.train.expert_replicas
-    exchange = GATHERED if run.train.dispatch == "allgather" else EXCHANGE + PACKED[run.train.dispatch_payload]
-    return MIXED + exchange * (run.mesh.ep > 1) + EACH * (1 if grouped(run) else held)
+    train, held = run.train, moe.num_experts // run.mesh.ep + run.train.expert_replicas
+    experts = EACH * (1 if grouped(run) else held)
+    if run.mesh.ep == 1:
+        return MIXED + experts
+    packing = PACKED[train.dispatch_payload]
+    exchange = GATHERED if train.dispatch == "allgather" else EXCHANGE + packing
+    return MIXED + exchange + experts + (train.dispatch_parts - 1) * (AGAIN[train.dispatch] + experts + packing)

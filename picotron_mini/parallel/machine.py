@@ -34,6 +34,7 @@ from pathlib import Path
 from ..config import ConfigError
 
 GIB = 2**30
+RATES = ("product_flops", "attention_flops", "activation_bandwidth", "bandwidth", "memory", "ranks_per_host")
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,12 @@ def find_machine(name: str) -> Machine:
         return MACHINES[name]
     try:
         return from_json(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
         raise ConfigError(
             f"machine={name!r} is neither a preset ({', '.join(MACHINES)}) nor a file that --measure has written"
         ) from error
+    except ValueError as error:
+        raise ConfigError(f"machine={name!r}: {error}; measure it again with --measure") from error
 
 
 def to_json(machine: Machine) -> str:
@@ -154,15 +157,20 @@ def from_json(text: str) -> Machine:
     """What `to_json` wrote.
 
     Raises:
-        ValueError, TypeError, KeyError: the text is something else, or a number is none or below zero.
+        ValueError: a number is none, below zero, or 0 where something is divided by it; or no link is given.
+        TypeError, KeyError, json.JSONDecodeError: the text is something else.
     """
     values = json.loads(text)
     links = [link for where in ("inside", "across") for link in values[where].values()]
     for name, value in [item for group in (values, *links) for item in group.items()]:
-        if name not in ("name", "source", "inside", "across") and not (
-            isinstance(value, int | float) and 0 <= value < float("inf")
-        ):
+        if name in ("name", "source", "inside", "across"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} is not a number of 0 or above")
+        if not value and name in RATES:
+            raise ValueError(f"{name}={value!r} must be above 0")
+    if "" not in values["inside"]:
+        raise ValueError('inside has no link "", for operations that are not named')
     for where in ("inside", "across"):
         values[where] = {name: Link(**link) for name, link in values[where].items()}
     return Machine(**values)

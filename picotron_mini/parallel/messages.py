@@ -188,8 +188,8 @@ def _data(links: _Links, layers: Collection[int], forward: float, backward: floa
         number = (traffic[data, "all_reduce"] + traffic["edp", "all_reduce"]) / size
         return _Data(data, 0.0, 0.0, _tail(whole, number, backward, machine), 0.0)
     rounds = 1 if train.zero == 1 else m
-    size = size if train.zero < 3 else traffic["dp", "reduce_scatter"] / (m * (len(layers) + 2))
     each = traffic["dp", "reduce_scatter"] / rounds
+    size = size if train.zero < 3 else max(1.0, each / (len(layers) + 2))  # with all frozen nothing is scattered
     reduce = time("dp", "reduce_scatter", size, group, each, group)
     reduce += time("edp", "reduce_scatter", size, inside, traffic["edp", "reduce_scatter"] / rounds, group)
     waited = _tail(reduce, each / size, backward, machine)

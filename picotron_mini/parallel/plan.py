@@ -215,7 +215,7 @@ def to_dict(found: Prediction) -> dict[str, Any]:
     """One layout as plain data, for `--json`. Which keys there are does not depend on the layout.
 
     layout                what `--layout` takes; ep, its share for experts, beside it
-    batch_size ... loss_chunks    settings, named as their flags
+    batch_size ... cuda_graph     settings, named as their flags
     skew                  that was assumed of the busiest of ep ranks
     step_seconds, tokens_per_second, seconds    of a step; of all ranks together; the former by what it is spent on
     memory_bytes, memory, fits    of the rank that needs most; by what it is for; whether the machine has it
@@ -237,8 +237,8 @@ def to_dict(found: Prediction) -> dict[str, Any]:
 
 
 SETTINGS = (
-    "batch_size", "micro_batch_size", "micro_batches", "zero", "sequence_parallel", "schedule", "recompute",
-    "loss_chunks",
+    "batch_size", "micro_batch_size", "micro_batches", "zero", "zero_group", "sequence_parallel", "schedule",
+    "recompute", "loss_chunks", "dispatch", "dispatch_parts", "dispatch_payload", "cuda_graph",
 )  # fmt: skip
 SPENT = ("computing", "host", "bubble", "tp", "cp", "ep", "dp", "gradients and weights", "update", "scalars")
 NEEDED = ("weights", "gradients", "optimizer", "activations", "routing", "buffers")

@@ -615,6 +615,7 @@ def test_describe_says_what_travels() -> None:
     [
         ("dp=2", MOE, {}, "dispatch=allgather is for experts on several .*; use dispatch=alltoall, or ep=2"),
         ("dp=2", MODEL, {}, "dispatch=allgather is for experts on several ranks, and ep=1; use dispatch=alltoall$"),
+        ("dp=2,ep=2", MOE, {"dispatch_parts": 25}, "dispatch_parts=25 is more than the 24 tokens .* use at most 24"),
         ("dp=2,ep=2", MOE, {"dispatch_payload": "fp8"}, "dispatch_payload=fp8 packs it .* use dispatch_payload=same"),
     ],
 )  # fmt: skip

@@ -483,6 +483,17 @@ def test_operators_of_layers_are_counted() -> None:
     gathered = count(replace(MODEL, moe=EXPERTS), GatherDispatch(alone, EXPERTS.num_experts))
     collective = 1  # which an axis of one rank leaves out; the other two it makes copies
     assert gathered + collective == plain + expert_costs.GATHERED
+    each = EXPERTS.num_experts * expert_costs.EACH
+    model = replace(MODEL, moe=EXPERTS)
+    packed = ExpertDispatch(alone, EXPERTS.num_experts, 3, payload="fp8")
+    first, again = expert_costs.EXCHANGE + expert_costs.PACKED["fp8"], expert_costs.AGAIN["alltoall"]
+    assert count(model, packed) == plain + first + 2 * (again + each + expert_costs.PACKED["fp8"])
+    again = expert_costs.AGAIN["allgather"]
+    assert count(model, GatherDispatch(alone, EXPERTS.num_experts, 4)) == gathered + 3 * (again + each)
+    half = again + each // 2  # of each part after the first, with half of the experts elsewhere
+    for parts in (1, 3):
+        run = mixed("dp=2,ep=2", dispatch="allgather", dispatch_parts=parts)
+        assert expert_costs.operators(run) == plain + expert_costs.GATHERED - each // 2 + (parts - 1) * half
     run = mixed("dp=2,ep=2", dispatch="allgather")
     assert expert_costs.operators(run) == plain + expert_costs.GATHERED - 4 * expert_costs.EACH  # 4 of 8 are elsewhere
 
@@ -585,9 +596,19 @@ def test_a_machine_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     path.write_text(to_json(machine))
     assert find_machine(str(path)) == machine
-    for damaged in ("{}", to_json(replace(machine, memory=-1.0)), to_json(machine).replace("8,", '"8",')):
-        path.write_text(damaged)
-        with pytest.raises(ConfigError, match="neither a preset"):
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="neither a preset"):
+        find_machine(str(path))
+    damaged = {
+        "memory=-1.0 is not a number of 0 or above": replace(machine, memory=-1.0),
+        "host=True is not a number": replace(machine, host=True),
+        "ranks_per_host='8' is not a number": replace(machine, ranks_per_host="8"),  # type: ignore[arg-type]
+        "product_flops=0 must be above 0": replace(machine, product_flops=0),
+        'inside has no link ""': replace(machine, inside={}),
+    }
+    for says, wrong in damaged.items():
+        path.write_text(to_json(wrong))
+        with pytest.raises(ConfigError, match=says):
             find_machine(str(path))
     with pytest.raises(ConfigError, match="h100, h100-cluster"):
         find_machine("h1000")
