@@ -534,10 +534,10 @@ draw_time(ranked[:8])
 # Bytes and the memory between steps are checked to the byte, above and in the tests. Step time depends on the machine,
 # and a page that is compared word by word cannot hold it. `tests/performance/plan_checked.py` measures the machine's
 # rates, predicts twenty layouts, runs them, and prints both. The [write-up](../summary/07_3d_parallel.md) has what came
-# out. On two busy CPU cores memory is within 3 %, and times prove nothing. On one and two GPUs 29 runs were compared
-# with the rates above: all memory is within 6 %, 23 times are within 20 %, and the order is nearly right (rank
-# correlation 0.90). The six that are missed are those whose host is slower than the GPU, or that are not compiled. Two
-# GPUs are not 64, though: for the links between hosts the ranking above is a calculation.
+# out. On two busy CPU cores memory is within 3 %, and times prove nothing. On one and two GPUs 39 runs were compared
+# with the rates above: all memory is within 10 %, 35 times are within 20 %, and the order of twelve layouts of one
+# model is nearly right (rank correlation 0.83). Where it misses, the host is slower than the GPU. Two GPUs are not 64,
+# though: for the links between hosts the ranking above is a calculation.
 #
 # ## A rehearsal of 1,024 ranks
 #
@@ -721,7 +721,7 @@ kill("07.two_numberings", my_test)
 #
 # `torchrun` fills hosts rank by rank, which is what the mesh counts on: 8 ranks a host, so tp=4 and dp=2 stay inside.
 #
-# This chapter's closing run, on two H200s with torch 2.11, is the layout that needs least memory of them all:
+# This chapter's closing run, on two H200s with torch 2.11, needs least memory of all chapters' closing runs:
 #
 # ```console
 # $ torchrun --nproc-per-node 2 -m picotron_mini train --preset h100 tp=2 --recompute full --steps 60

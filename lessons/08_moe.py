@@ -926,7 +926,7 @@ kill("08.weights_without_gradient", my_test)
 # ```
 #
 # What a GPU really does with experts takes a model of 5.4 billion parameters: on the same two GPUs 15,833 tokens/s per
-# GPU with an all_to_all, for whose sizes the host waits, and 32,895 with `--dispatch allgather --cuda-graph`
+# GPU with an all_to_all, for whose sizes the host waits, and 29,621 with `--dispatch allgather --cuda-graph`
 # ([write-up](../summary/08_moe.md#measured-performance)).
 #
 # ## What to read next
