@@ -139,7 +139,12 @@ def test_an_axis_too_many_or_too_few_is_explained(kind: str, axis: str, words: s
     assert hint is not None and words in hint
 
 
-@pytest.mark.parametrize("said", [None, 3, "dp", ["world"], [("dp", "cp")]])
+@pytest.mark.parametrize("kind", [set, frozenset, list, tuple, iter], ids=lambda kind: kind.__name__)
+def test_right_axes_may_come_in_any_container_or_one_by_one(kind: type) -> None:
+    assert chapter_07._run_summed(lambda *case: kind(chapter_07.summed(*case))) is None
+
+
+@pytest.mark.parametrize("said", [None, 3, "dp", ["world"], [("dp", "cp")], [["dp"]]])
 def test_what_is_no_set_of_axes_is_told_so(said: object) -> None:
     hint = chapter_07._run_summed(lambda *case: said)
     assert hint is not None and hint.startswith("return a set of axes of the mesh")

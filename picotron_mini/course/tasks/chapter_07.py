@@ -202,6 +202,14 @@ def _why(kind: str, axis: str, missing: bool) -> str:
     return _STAGES if axis == "pp" else _NORMS if kind == "norm" else _SLICES
 
 
+def _read_axes(said: Any) -> frozenset[str] | None:
+    """The axes that an answer names, read once, as it may be a generator; None if it is something else."""
+    if isinstance(said, str) or not isinstance(said, Iterable):
+        return None
+    names = list(said)
+    return frozenset(names) if all(name in AXES for name in names) else None
+
+
 def _run_summed(answer: Answer) -> str | None:
     cases = [(k, shape, between) for k in _KINDS for shape in _MESHES for between in (False, True)]
 
@@ -209,15 +217,18 @@ def _run_summed(answer: Answer) -> str | None:
         run = resolve(RunConfig(layout=str(shape), model=MODEL, train=replace(TRAIN, sequence_parallel=between)))
         return _larger(shape) & set(layout_of(run)[_KINDS[kind]].sum_axes)
 
-    got = [answer(*case) for case in cases]
-    if any(isinstance(names, str) or not isinstance(names, Iterable) or set(names) - set(AXES) for names in got):
-        return _NAMES
+    got = []
+    for case in cases:
+        names = _read_axes(answer(*case))
+        if names is None:
+            return _NAMES
+        got.append(names)
     for axis in ("dp", "cp", "tp", "pp"):
         for (kind, shape, between), names in zip(cases, got, strict=True):
             want = says(kind, shape, between)
             if axis in _larger(shape) and (axis in names) != (axis in want):
                 return _why(kind, axis, missing=axis in want)
-    return None if all(set(names) <= _larger(shape) for (_, shape, _), names in zip(cases, got, strict=True)) else _ONES
+    return None if all(names <= _larger(shape) for (_, shape, _), names in zip(cases, got, strict=True)) else _ONES
 
 
 EXERCISES = [
