@@ -132,6 +132,12 @@ def test_another_right_answer_passes() -> None:
     assert judge(exercise("08.kept"), loops).passed
 
 
+def test_the_order_of_a_tokens_choices_changes_no_room() -> None:
+    """So the exercise does not ask for one: a token's experts are distinct."""
+    chosen = torch.rand(4, 9, 6).topk(3).indices
+    assert torch.equal(keep(chosen.flip(2), 6, 2).flip(2), keep(chosen, 6, 2))
+
+
 def test_an_output_shows_how_much_of_each_expert_is_in_it() -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)  # [N, E, D]
