@@ -259,6 +259,7 @@ _WEIGHTS = (
     "probabilities each divided by their sum"
 )
 _NOT_FINITE = "the output has numbers that are not finite; experts and logits here are"
+_DTYPE = "return the dtype of x: in another, too little is left of the output to say what else is wrong with it"
 _ROUNDED = "right but for rounding: keep the dtype of x, in which all of it can be computed"
 
 # what can be told from the output alone, and else by what is in it
@@ -316,6 +317,8 @@ def _run_mixture(answer: Answer) -> str | None:
     if not _near(got, want):
         if torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4):
             return _ROUNDED
+        if got.dtype != want.dtype:
+            return _DTYPE
         known = (hint for wrong, hint in _MIXTURES.values() if _near(got, _mixture_case(wrong)[0]))
         return next(known, None) or _read_mixture(got.detach().double())
     assert want_gradient is not None
@@ -356,6 +359,7 @@ EXERCISES = [
             Mistake("second detached", _mixture_second_detached, _PART_DETACHED),
             Mistake("sigmoid", _mixture_sigmoid, _WEIGHTS),
             Mistake("in float32", _mixture_rounded, _ROUNDED),
+            Mistake("mean in float32", lambda *asked: _mixture_mean(*asked).float(), _DTYPE),
             Mistake("experts from 1 on", _mixture_from_one, _MISSING),
         ),
         run=_run_mixture,
