@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from xml.etree import ElementTree
@@ -116,6 +118,29 @@ def test_the_budget_wants_a_layout_and_settings() -> None:
     assert hint == """return a layout and a dict of settings, as ("dp=8", {"zero": 1}), not 'dp=8'"""
 
 
+@pytest.mark.parametrize("axis", ["tp", "cp", "dp", "dp_cp", "pp", "world"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_an_axis_that_crosses_and_is_not_counted_is_named(axis: str, missing: bool) -> None:
+    """And one that is counted and does not cross; the mesh that is told as an example is one."""
+
+    def answer(shape: MeshShape, per_host: int, sent: Mapping[tuple[str, str], int]) -> int:
+        others = {key: n for key, n in sent.items() if key[0] != axis}
+        own = sum(sent.values()) - sum(others.values())
+        return chapter_07.across(shape, per_host, others) + (0 if missing else own)
+
+    hint = chapter_07._run_across(answer)
+    told = re.fullmatch(rf"{axis} is (left out|counted) where .*, as on (\S+) with (\d) ranks a host: .*", hint or "")
+    assert told is not None, hint
+    assert (told[1] == "left out") is missing
+    assert crosses(MeshShape.parse(told[2]), axis, int(told[3])) is missing
+
+
+@pytest.mark.parametrize("said", [None, 0.5, "dp", -1])
+def test_what_is_no_sum_of_the_bytes_is_told_so(said: object) -> None:
+    hint = chapter_07._run_across(lambda *case: said)
+    assert hint is not None and hint.startswith("this is no sum of the bytes")
+
+
 def _all_but(kind: str, axis: str) -> Answer:
     """Right but for one axis of one kind of parameter: named where it should not be, and not where it should."""
 
@@ -139,7 +164,12 @@ def test_an_axis_too_many_or_too_few_is_explained(kind: str, axis: str, words: s
     assert hint is not None and words in hint
 
 
-@pytest.mark.parametrize("said", [None, 3, "dp", ["world"], [("dp", "cp")]])
+@pytest.mark.parametrize("kind", [set, frozenset, list, tuple, iter], ids=lambda kind: kind.__name__)
+def test_right_axes_may_come_in_any_container_or_one_by_one(kind: type) -> None:
+    assert chapter_07._run_summed(lambda *case: kind(chapter_07.summed(*case))) is None
+
+
+@pytest.mark.parametrize("said", [None, 3, "dp", ["world"], [("dp", "cp")], [["dp"]]])
 def test_what_is_no_set_of_axes_is_told_so(said: object) -> None:
     hint = chapter_07._run_summed(lambda *case: said)
     assert hint is not None and hint.startswith("return a set of axes of the mesh")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
@@ -23,6 +24,7 @@ from picotron_mini.course.tasks import (
     chapter_08_common_loss,
     chapter_08_dispatch,
     chapter_08_dispatch_budget,
+    chapter_08_dispatch_check,
 )
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model import costs
@@ -108,8 +110,8 @@ def test_routes_are_those_of_the_router() -> None:
 
 def test_no_rank_of_the_exercise_sends_as_many_rows_as_it_receives() -> None:
     """Else an answer that keeps the forward's numbers would be right somewhere."""
-    chosen = [chapter_08_dispatch_budget._tokens_of(rank)[1] for rank in range(chapter_08_dispatch.RANKS)]
-    routed = [rows_for(each.tolist(), len(chosen), chapter_08_dispatch_budget.HELD) for each in chosen]
+    chosen = [chapter_08_dispatch_check.tokens_of(rank)[1] for rank in range(chapter_08_dispatch.RANKS)]
+    routed = [rows_for(each.tolist(), len(chosen), chapter_08_dispatch_check.HELD) for each in chosen]
     for rows in (torch.tensor(chapter_08_dispatch.ROWS), torch.tensor(routed)):
         assert (rows.sum(0) != rows.sum(1)).all()
 
@@ -130,6 +132,12 @@ def test_another_right_answer_passes() -> None:
     chosen = torch.rand(4, 9, 6).topk(2).indices
     assert torch.equal(loops(chosen, 6, 2), keep(chosen, 6, 2))
     assert judge(exercise("08.kept"), loops).passed
+
+
+def test_the_order_of_a_tokens_choices_changes_no_room() -> None:
+    """So the exercise does not ask for one: a token's experts are distinct."""
+    chosen = torch.rand(4, 9, 6).topk(3).indices
+    assert torch.equal(keep(chosen.flip(2), 6, 2).flip(2), keep(chosen, 6, 2))
 
 
 def test_an_output_shows_how_much_of_each_expert_is_in_it() -> None:
@@ -190,6 +198,28 @@ def test_hints_of_answers_that_nobody_planted_are_words() -> None:
     assert hint("08.dispatch", lambda x, *rest: x[:0]).startswith("return a row for each token")
     flat = hint("08.kept", lambda experts, n, c: keep(experts, n, c).flatten(1))
     assert flat.endswith("a tensor [B, T, K] = [3, 8, 2] of bool")
+
+
+def test_what_travels_in_another_order_is_told_by_what_it_is() -> None:
+    def by_sorting(back: str, *left: str) -> Answer:
+        return partial(chapter_08_dispatch_budget._dispatch_by_sorting, back=back, left=left)
+
+    def judged(answer: Answer) -> str | None:
+        return chapter_08_dispatch_check.judge_dispatch(answer)
+
+    assert judged(by_sorting("inverse")) is None
+    assert judged(by_sorting("inverse", "rows")) == chapter_08_dispatch_check.RANK_ORDER
+    assert judged(by_sorting("inverse", "rows", "local")) == chapter_08_dispatch_check.RANK_ORDER
+    assert judged(by_sorting("inverse", "weights")) == chapter_08_dispatch_check.WEIGHTS
+
+    def unmarked_to_everyone(
+        x: Tensor, experts: Tensor, weights: Tensor, axis: Axis, held: int, tools: chapter_08_dispatch_check.Tools
+    ) -> Tensor:
+        token = [torch.arange(len(x))] * axis.size
+        local = [experts % held] * axis.size
+        return chapter_08_dispatch_budget._there_and_back(x, token, local, weights, axis, tools)
+
+    assert judged(unmarked_to_everyone) == chapter_08_dispatch_check.UNASKED
 
 
 def dispatched(mesh: Mesh, weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from ...config import AXES, MeshShape, RunConfig
@@ -62,6 +63,50 @@ def _dp_inside_cp(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
     return bytes_between_hosts(sent, shape, ranks_per_host, ("pp", "cp", "dp", "tp"))
 
 
+def _group_fills_host(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    return across(shape, ranks_per_host - 1, sent)
+
+
+def _from_neighbour_to_neighbour(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    apart = {"tp": 1, "cp": shape.tp, "dp": shape.cp * shape.tp, "pp": shape.dp * shape.cp * shape.tp}
+    apart |= {"dp_cp": shape.tp, "world": 1}
+    return sum(n for (axis, _), n in sent.items() if apart[axis] >= ranks_per_host)
+
+
+def _of_all_ranks(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    return shape.world_size * across(shape, ranks_per_host, sent)
+
+
+def _without_stages(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    return across(shape, ranks_per_host, {key: n for key, n in sent.items() if key[0] != "pp"})
+
+
+def _world_always(shape: MeshShape, ranks_per_host: int, sent: Sent) -> int:
+    inside = 0 if shape.world_size > ranks_per_host else sum(n for (axis, _), n in sent.items() if axis == "world")
+    return across(shape, ranks_per_host, sent) + inside
+
+
+_GROUPS = {
+    "tp": "tp ranks in a row",
+    "cp": "cp * tp ranks from its first to its last",
+    "dp": "dp * cp * tp ranks from its first to its last",
+    "dp_cp": "dp * cp * tp ranks, all that differ in dp or cp",
+    "pp": "the whole mesh, since pp is slowest",
+    "world": "all ranks",
+}
+_NO_SUM = (
+    "this is no sum of the bytes that were given: each entry of `sent` is counted once and whole, or not at all, as "
+    "it is one rank's bytes already and all groups of an axis lie alike"
+)
+
+
+def _misjudged(axis: str, missing: bool, shape: MeshShape, ranks_per_host: int) -> str:
+    """What to tell of an axis that crosses hosts and was not counted, or the other way round, with a mesh to try."""
+    wrong = "is left out where it crosses hosts" if missing else "is counted where it stays inside hosts"
+    where = f"on {shape} with {ranks_per_host} ranks a host"
+    return f"{axis} {wrong}, as {where}: a group of it spans {_GROUPS[axis]}, and crosses if a host has fewer"
+
+
 _ACROSS: dict[str, tuple[Answer, str]] = {
     "own size": (
         _own_size_only,
@@ -83,6 +128,18 @@ _ACROSS: dict[str, tuple[Answer, str]] = {
         lambda shape, per_host, sent: sum(sent.values()) if shape.world_size > per_host else 0,
         "an axis whose groups each lie inside one host sends nothing between hosts, however many hosts there are",
     ),
+    "a full host": (
+        _group_fills_host,
+        "a group that spans just as many ranks as a host has fills the host, and crosses nothing",
+    ),
+    "neighbours": (
+        _from_neighbour_to_neighbour,
+        "this is how far apart neighbours are; a group crosses if its last rank is on another host than its first, and "
+        "between them lie all its ranks",
+    ),
+    "of all ranks": (_of_all_ranks, _NO_SUM),
+    "stages forgotten": (_without_stages, _misjudged("pp", True, MeshShape(2, 1, 1, 2), 2)),
+    "world always": (_world_always, _misjudged("world", False, MeshShape(1, 1, 1, 2), 2)),
 }
 _SHAPES = [
     (MeshShape(pp, dp, cp, tp), per_host)
@@ -121,9 +178,29 @@ def _run_across(answer: Answer) -> str | None:
     for wrong, hint in _ACROSS.values():
         if got == ask(wrong):
             return hint
-    at = next(i for i in range(len(want)) if got[i] != want[i])
-    shape, per_host = _SHAPES[at]
-    return f"{shape} with {per_host} ranks a host, sending {_example(shape)}: {want[at]} bytes, not {got[at]}"
+    return _read_across(got, want)
+
+
+def _read_across(got: list[Any], want: list[int]) -> str:
+    """Which axis was counted where it should not be, or not counted where it should."""
+    sums = [_axes_in(said, _example(shape)) for (shape, _), said in zip(_SHAPES, got, strict=True)]
+    rights = [_axes_in(right, _example(shape)) for (shape, _), right in zip(_SHAPES, want, strict=True)]
+    for axis in _GROUPS:
+        for case, counted, wanted in zip(_SHAPES, sums, rights, strict=True):
+            if counted is None or wanted is None:
+                return _NO_SUM
+            if (axis in counted) != (axis in wanted):
+                return _misjudged(axis, axis in wanted, *case)
+    return _NO_SUM
+
+
+def _axes_in(total: Any, sent: Sent) -> set[str] | None:
+    """The axes whose bytes make this total, if any do: of the example no two sums are alike."""
+    for number in range(len(sent) + 1):
+        for keys in combinations(sent, number):
+            if total == sum(sent[key] for key in keys):
+                return {axis for axis, _ in keys}
+    return None
 
 
 # --- 2: over which axes a gradient is summed --------------------------------------------------------------
@@ -202,6 +279,14 @@ def _why(kind: str, axis: str, missing: bool) -> str:
     return _STAGES if axis == "pp" else _NORMS if kind == "norm" else _SLICES
 
 
+def _read_axes(said: Any) -> frozenset[str] | None:
+    """The axes that an answer names, read once, as it may be a generator; None if it is something else."""
+    if isinstance(said, str) or not isinstance(said, Iterable):
+        return None
+    names = list(said)
+    return frozenset(names) if all(name in AXES for name in names) else None
+
+
 def _run_summed(answer: Answer) -> str | None:
     cases = [(k, shape, between) for k in _KINDS for shape in _MESHES for between in (False, True)]
 
@@ -209,15 +294,18 @@ def _run_summed(answer: Answer) -> str | None:
         run = resolve(RunConfig(layout=str(shape), model=MODEL, train=replace(TRAIN, sequence_parallel=between)))
         return _larger(shape) & set(layout_of(run)[_KINDS[kind]].sum_axes)
 
-    got = [answer(*case) for case in cases]
-    if any(isinstance(names, str) or not isinstance(names, Iterable) or set(names) - set(AXES) for names in got):
-        return _NAMES
+    got = []
+    for case in cases:
+        names = _read_axes(answer(*case))
+        if names is None:
+            return _NAMES
+        got.append(names)
     for axis in ("dp", "cp", "tp", "pp"):
         for (kind, shape, between), names in zip(cases, got, strict=True):
             want = says(kind, shape, between)
             if axis in _larger(shape) and (axis in names) != (axis in want):
                 return _why(kind, axis, missing=axis in want)
-    return None if all(set(names) <= _larger(shape) for (_, shape, _), names in zip(cases, got, strict=True)) else _ONES
+    return None if all(names <= _larger(shape) for (_, shape, _), names in zip(cases, got, strict=True)) else _ONES
 
 
 EXERCISES = [

@@ -164,6 +164,44 @@ def _mixture_rounded(x: Tensor, logits: Tensor, experts: Sequence[Expert], top_k
     return mixture(x, logits, experts, top_k).float()
 
 
+def _mixture_repeated(
+    x: Tensor, logits: Tensor, experts: Sequence[Expert], top_k: int, both_ways: bool = True
+) -> Tensor:
+    weights, chosen = logits.softmax(-1).topk(top_k)
+    weights = (weights / weights.sum(-1, keepdim=True)).flatten()
+    rows, chosen = x.repeat(top_k, 1), chosen.flatten()
+    made = torch.zeros_like(rows)
+    for number, expert in enumerate(experts):
+        made[chosen == number] = expert(rows[chosen == number])
+    token = torch.arange(len(x))
+    token = token.repeat(top_k) if both_ways else token.repeat_interleave(top_k)
+    return torch.zeros_like(x).index_add(0, token, made * weights[:, None])
+
+
+def _mixture_repeated_there(x: Tensor, logits: Tensor, experts: Sequence[Expert], top_k: int) -> Tensor:
+    return _mixture_repeated(x, logits, experts, top_k, both_ways=False)
+
+
+def _mixture_swapped(x: Tensor, logits: Tensor, experts: Sequence[Expert], top_k: int) -> Tensor:
+    best = logits.softmax(-1).topk(top_k).values
+    return _mixture_with(x, logits, experts, top_k, (best / best.sum(-1, keepdim=True)).flip(1))
+
+
+def _mixture_with_residual(x: Tensor, logits: Tensor, experts: Sequence[Expert], top_k: int) -> Tensor:
+    return x + mixture(x, logits, experts, top_k)
+
+
+def _mixture_last_choice(x: Tensor, logits: Tensor, experts: Sequence[Expert], top_k: int) -> Tensor:
+    weights, chosen = logits.softmax(-1).topk(top_k)
+    weights = weights / weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for k in range(top_k):
+        for number, expert in enumerate(experts):
+            token = (chosen[:, k] == number).nonzero().flatten()
+            y = y.index_copy(0, token, expert(x[token]) * weights[token, k, None])
+    return y
+
+
 def _mixture_best_only(x: Tensor, logits: Tensor, experts: Sequence[Expert], top_k: int) -> Tensor:
     return mixture(x, logits, experts, 1)
 
@@ -196,6 +234,18 @@ _WEIGHED_BEFORE = (
     "the rows were weighed before their expert, which is not linear: what it makes of half a token is not half of what "
     "it makes of the token; weigh its output"
 )
+_SWAPPED = (
+    "a token's experts got each other's weights: whatever is sorted or turned round, the weight at place k belongs to "
+    "the expert at place k of the same token"
+)
+_REPEATED = (
+    "rows and choices are out of step: in `chosen.flatten()` the choices of one token stand side by side, so each row "
+    "is needed top_k times in a row, which is repeat_interleave; repeat gives all tokens, and then all once more"
+)
+_RESIDUAL = (
+    "this is x + y: the residual stream is added around a mixture, once; return only what the experts make of the "
+    "tokens"
+)
 _MEAN = "the outputs were averaged over top_k: their weights sum to 1 already, so they are only added up"
 _UNWEIGHED = "the outputs of a token's experts were added without weights: weigh each with its probability"
 _ASTRAY = (
@@ -209,6 +259,7 @@ _WEIGHTS = (
     "probabilities each divided by their sum"
 )
 _NOT_FINITE = "the output has numbers that are not finite; experts and logits here are"
+_DTYPE = "return the dtype of x: in another, too little is left of the output to say what else is wrong with it"
 _ROUNDED = "right but for rounding: keep the dtype of x, in which all of it can be computed"
 
 # what can be told from the output alone, and else by what is in it
@@ -222,6 +273,11 @@ _MIXTURES: dict[str, tuple[Answer, str]] = {
     "logits as weights": (_mixture_of_logits, _LOGITS),
     "first weight": (_mixture_first_weight, _FIRST_WEIGHT),
     "weighed before": (_mixture_weighed_before, _WEIGHED_BEFORE),
+    "overwritten by choice": (_mixture_last_choice, _OVERWRITTEN),
+    "weights swapped": (_mixture_swapped, _SWAPPED),
+    "repeat": (_mixture_repeated, _REPEATED),
+    "repeat on the way there": (_mixture_repeated_there, _REPEATED),
+    "residual": (_mixture_with_residual, _RESIDUAL),
 }
 
 
@@ -261,6 +317,8 @@ def _run_mixture(answer: Answer) -> str | None:
     if not _near(got, want):
         if torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4):
             return _ROUNDED
+        if got.dtype != want.dtype:
+            return _DTYPE
         known = (hint for wrong, hint in _MIXTURES.values() if _near(got, _mixture_case(wrong)[0]))
         return next(known, None) or _read_mixture(got.detach().double())
     assert want_gradient is not None
@@ -301,6 +359,7 @@ EXERCISES = [
             Mistake("second detached", _mixture_second_detached, _PART_DETACHED),
             Mistake("sigmoid", _mixture_sigmoid, _WEIGHTS),
             Mistake("in float32", _mixture_rounded, _ROUNDED),
+            Mistake("mean in float32", lambda *asked: _mixture_mean(*asked).float(), _DTYPE),
             Mistake("experts from 1 on", _mixture_from_one, _MISSING),
         ),
         run=_run_mixture,

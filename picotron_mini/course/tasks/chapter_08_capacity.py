@@ -24,7 +24,7 @@ Answer = Callable[..., Any]
 def kept_stub(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
     """Which choices find room, if every expert takes `capacity` rows of each sequence.
 
-    Earlier positions come first, and of one token its better choices.
+    Earlier positions come first. A token's experts are distinct, so no two of its choices want the same room.
 
     Args:
         experts: [B, T, K] int64, best choice first.
@@ -86,6 +86,26 @@ def _kept_half(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
     return torch.cat((found[..., :1], found[..., 1:] & found[..., :1]), -1)
 
 
+def _kept_as_sorted(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
+    return _sorted_places(experts).lt(capacity).view_as(experts)
+
+
+def _kept_sorted_twice(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
+    order = experts.flatten(1).argsort(dim=1, stable=True)
+    return _sorted_places(experts).gather(1, order).lt(capacity).view_as(experts)
+
+
+def _sorted_places(experts: Tensor) -> Tensor:
+    """[B, T K]: of the choices sorted by expert, how many of the same expert stand before each."""
+    queue = experts.flatten(1).sort(dim=1, stable=True).values
+    return torch.arange(queue.shape[1]) - torch.searchsorted(queue, queue)
+
+
+def _kept_none_of_overfull(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
+    wanted = F.one_hot(experts, num_experts).sum((1, 2))  # [B, E]
+    return wanted.gather(1, experts.flatten(1)).le(capacity).view_as(experts)
+
+
 _OF_BATCH = (
     "the sequences of the batch share one queue and one room: then what is dropped depends on what else is in the "
     "batch, so on the micro-batch and on the number of ranks; each sequence has a room of its own"
@@ -110,6 +130,14 @@ _EACH_CHOICE = (
 )
 _LAST = "the last ones are kept and the first are dropped: who comes first finds room, and a later one is dropped"
 _INVERTED = "these are the choices that are dropped; True is for those that find room"
+_SORTED = (
+    "these are answers about the choices sorted by expert: put each back where its choice stands, out[order] = found; "
+    "the way back is the inverse of the order, not the order once more"
+)
+_OVERFULL = (
+    "an expert that more choices want than it has room for gets none of them; it takes the first `capacity`, and only "
+    "later ones are dropped"
+)
 _TOO_MANY = "an expert takes more rows of a sequence than it has room for, all choices of it counted together"
 _TOO_FEW = (
     "a choice is dropped while its expert has room: full is an expert by itself, and not the token or the sequence"
@@ -129,6 +157,9 @@ _KEPT: dict[str, tuple[Answer, str]] = {
     "one fewer": (lambda e, n, c: keep(e, n, c - 1), _ONE_FEWER),
     "one more": (lambda e, n, c: keep(e, n, c + 1), _ONE_MORE),
     "the last": (_kept_last, _LAST),
+    "left sorted": (_kept_as_sorted, _SORTED),
+    "sorted again": (_kept_sorted_twice, _SORTED),
+    "none of the overfull": (_kept_none_of_overfull, _OVERFULL),
     "inverted": (lambda e, n, c: ~keep(e, n, c), _INVERTED),
 }
 

@@ -140,6 +140,30 @@ def _auxiliary_wide(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
     return auxiliary(p, experts, axis)
 
 
+def _auxiliary_on_one_rank(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
+    part = auxiliary(p, experts, axis)
+    return part if axis.index == 0 else torch.zeros(())
+
+
+def _auxiliary_square_of_p(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
+    return auxiliary(p.square(), experts, axis)
+
+
+def _auxiliary_square_of_mean(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
+    counts = all_reduce(_own_counts(p, experts), axis)
+    return p.shape[1] * (counts / counts.sum() * p.mean(0).square()).sum()
+
+
+def _auxiliary_without_choices(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
+    tokens = all_reduce(torch.tensor(len(p)), axis)
+    mean = all_reduce(p.detach().sum(0), axis) / tokens
+    return p.shape[1] * (mean * p.sum(0) / tokens).sum()
+
+
+def _auxiliary_of_logarithms(p: Tensor, experts: Tensor, axis: Axis) -> Tensor:
+    return auxiliary(p.log(), experts, axis)
+
+
 _OWN_POOL = (
     "f is the share among this rank's own tokens: the sum of the ranks' losses then asks for balance on each rank, and "
     "depends on how many there are; sum the counts over the ranks first"
@@ -156,6 +180,14 @@ _OF_THE_CHOSEN = (
     "the gradient differs from token to token: P_e is the mean of p_e over all tokens, also over those that did not "
     "choose e, and only f knows of choices"
 )
+_TWICE = (
+    "p is in the loss twice, and the gradient grows with it: f_e is counted from the choices and has no p in it, and "
+    "P_e is the mean of p_e, not of its square nor the square of the mean"
+)
+_UNEVEN = (
+    "the gradient differs from token to token: P_e is the mean over all tokens of p_e as it is, not masked, weighed, "
+    "normalised anew or put through a function"
+)
 _OF_TOKENS = "f is a share of N K choices, not of N tokens: its sum over the experts is 1, and not K"
 _COUNTS = "f is a share: divide the counts of choices by the number of all ranks' choices, N K"
 _OVER_CHOICES = "P is a mean over N tokens, not over N K choices: its sum over the experts is 1, and not 1 / K"
@@ -170,6 +202,10 @@ _AVERAGED = (
     "gradient of all tokens' mean"
 )
 _NO_GRADIENT = "no gradient reaches p: all_reduce has none; sum the counts, and leave this rank's p in the graph"
+_SOME_RANKS = (
+    "a rank's p gets no gradient, and another's does: every rank returns a part, that of its own tokens, since no "
+    "other's p is in its graph"
+)
 _NO_EXPERTS = "the factor E is missing: in perfect balance the loss should be 1"
 _OTHER_FACTOR = (
     "f has the right proportions, and a factor is wrong: counts are divided by all ranks' N K choices, the sum of p by "
@@ -214,30 +250,45 @@ def _run_auxiliary(answer: Answer) -> str | None:
     results = _on_ranks(answer)
     parts, gradients = [part for part, *_ in results], [g for _, g, _ in results if g is not None and g.any()]
     if len(gradients) < RANKS:
-        return _NO_GRADIENT
+        return _SOME_RANKS if gradients else _NO_GRADIENT
     if not all(_near(gradient, own.grad) for gradient, (own, _) in zip(gradients, cases, strict=True)):  # type: ignore[arg-type]
-        return _read_shares(gradients, [chosen for _, chosen in cases]) or _read_factor(gradients)
+        return _read_shares(gradients, cases) or _read_factor(gradients)
     if not math.isclose(sum(parts), value.item(), rel_tol=1e-5):
         return _WHOLE if all(math.isclose(part, value.item(), rel_tol=1e-5) for part in parts) else _OTHER_VALUE
     return _WIDE if max(sent for *_, sent in results) > 8 * EXPERTS + 8 else None
 
 
-def _read_shares(gradients: list[Tensor], experts: list[Tensor]) -> str | None:
+def _read_shares(gradients: list[Tensor], cases: list[tuple[Tensor, Tensor]]) -> str | None:
     """What is wrong with f, if it is: a token's gradient has its proportions."""
-    if not all(_near(gradient, gradient[:1].expand_as(gradient)) for gradient in gradients):
-        return _OF_THE_CHOSEN
+    probabilities, experts = [p.detach() for p, _ in cases], [chosen for _, chosen in cases]
+    if not all(_same_for_all_tokens(gradient) for gradient in gradients):
+        if all(_same_for_all_tokens(gradient / p) for gradient, p in zip(gradients, probabilities, strict=True)):
+            return _TWICE
+        unchosen = [F.one_hot(chosen, EXPERTS).sum(1) == 0 for chosen in experts]
+        masked = not any(gradient[there].any() for gradient, there in zip(gradients, unchosen, strict=True))
+        return _OF_THE_CHOSEN if masked else _UNEVEN
     counts = [F.one_hot(chosen, EXPERTS).sum(0) for chosen in experts]  # of each rank, [K, E]: by choice, best first
     whole, own = torch.stack(counts).sum(0), [each.sum(0) for each in counts]
     of_means = torch.stack([each / each.sum() for each in own]).sum(0)
+    sums = [p.sum(0) for p in probabilities]
+    all_sums = torch.stack(sums).sum(0)
     for f, hint in (
         ([whole.sum(0)] * RANKS, None),
         (own, _OWN_POOL),
         ([whole[0]] * RANKS, _FIRST_CHOICE),
         ([of_means] * RANKS, _MEAN_OF_SHARES),
+        (sums, _TWICE),
+        ([all_sums] * RANKS, _TWICE),
+        ([whole.sum(0) * each for each in sums], _TWICE),
+        ([whole.sum(0) * all_sums] * RANKS, _TWICE),
     ):
         if all(_near(g[0] / g[0].sum(), each / each.sum()) for g, each in zip(gradients, f, strict=True)):
             return hint
     return _OTHER_SHARES
+
+
+def _same_for_all_tokens(x: Tensor) -> bool:
+    return _near(x, x[:1].expand_as(x))
 
 
 def _read_factor(gradients: list[Tensor]) -> str:
@@ -276,6 +327,10 @@ EXERCISES = [
             Mistake("mean of shares", _auxiliary_mean_of_shares, _MEAN_OF_SHARES),
             Mistake("squared shares", _auxiliary_squared, _OTHER_SHARES),
             Mistake("of the chosen", _auxiliary_of_the_chosen, _OF_THE_CHOSEN),
+            Mistake("squares of p", _auxiliary_square_of_p, _TWICE),
+            Mistake("squares of P", _auxiliary_square_of_mean, _TWICE),
+            Mistake("P in place of f", _auxiliary_without_choices, _TWICE),
+            Mistake("logarithms", _auxiliary_of_logarithms, _UNEVEN),
             Mistake("shares of tokens", _auxiliary_of_tokens, _OF_TOKENS),
             Mistake("counts", _auxiliary_counts, _COUNTS),
             Mistake("over choices", _auxiliary_over_choices, _OVER_CHOICES),
@@ -283,6 +338,7 @@ EXERCISES = [
             Mistake("mean of the rank", _auxiliary_mean, _MEAN),
             Mistake("mean of means", _auxiliary_mean_of_means, _MEAN_OF_MEANS),
             Mistake("without gradient", _auxiliary_without_gradient, _NO_GRADIENT),
+            Mistake("on one rank", _auxiliary_on_one_rank, _SOME_RANKS),
             Mistake("without E", _auxiliary_no_experts, _NO_EXPERTS),
             Mistake("averaged", _auxiliary_averaged, _AVERAGED),
             Mistake("its own scale", lambda p, experts, axis: auxiliary(p, experts, axis) * 0.7, _OTHER_FACTOR),

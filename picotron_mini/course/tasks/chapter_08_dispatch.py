@@ -33,9 +33,22 @@ def exchange(x: Tensor, axis: Axis, sends: Sequence[int], receives: Sequence[int
     return out
 
 
-def near(got: Any, want: Tensor) -> bool:
-    """Whether an answer is the right tensor but for rounding."""
-    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+def near(got: Any, want: Tensor, digits: int = 9) -> bool:
+    """Whether an answer is the right tensor but for rounding, whatever its dtype."""
+    if not isinstance(got, Tensor) or got.shape != want.shape:
+        return False
+    return torch.allclose(got.double(), want, rtol=10**-digits, atol=10 ** -(digits + 3))
+
+
+def all_near(got: Sequence[Any], want: Sequence[Tensor]) -> bool:
+    """Whether all ranks' answers are right, in all digits or in float32's."""
+    return all(near(*pair, digits=4) for pair in zip(got, want, strict=True))
+
+
+def judge_rounding(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
+    """A hint if answers that are `all_near` have lost digits, or room for them."""
+    exact = all(near(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(got, want, strict=True))
+    return None if exact else ROUNDED
 
 
 def on_ranks(fn: Callable[..., Any], answer: Answer, hints: Sequence[str]) -> list[Any] | str:
@@ -48,6 +61,10 @@ def on_ranks(fn: Callable[..., Any], answer: Answer, hints: Sequence[str]) -> li
             raise
         return said
 
+
+ROUNDED = (
+    "right but for rounding: keep the dtype of the rows, float64 here, in what is computed and in what is returned"
+)
 
 # --- 4: the way back --------------------------------------------------------------------------------------
 
@@ -77,7 +94,24 @@ _NOT_SWAPPED = (
 )
 _HALF = "only one of the two lists is right: to rank j go as many rows as came from it, and as many come as went to it"
 _STAYED = "the gradient stayed where the rows went; each of its rows belongs to the rank that sent it"
+_COUNT = "trade was given another number of rows than it should send: those that came, each once, as they came"
+_SHAPE = "return a gradient for each row that was sent, a tensor [sum(sends), D]"
+_LOST = "rows that were sent got no gradient: what `trade` returns is the gradient of all of them"
+_ORDER = (
+    "the right rows, in others' places: trade sends rows in the order of ranks and returns them so, which is the order "
+    "in which they came and left; nothing is sorted or turned round on either side"
+)
+_MIXED = (
+    "what came home is neither the rows' gradients nor a multiple or another order of them: each row passes as it is, "
+    "and is not summed with others or with those that stayed, nor are its channels moved"
+)
 _SCALED = "the gradient of a row was divided or multiplied: a row has one origin, so nothing is summed or averaged"
+
+
+def _way_back_of_more(
+    gradient: Tensor, axis: Axis, sends: Sequence[int], receives: Sequence[int], trade: Trade
+) -> Tensor:
+    return trade(torch.cat((gradient, gradient[:1])), axis, receives, sends)
 
 
 def _way_back_on_rank(answer: Answer) -> tuple[Tensor, Tensor]:
@@ -92,22 +126,32 @@ def _way_back_on_rank(answer: Answer) -> tuple[Tensor, Tensor]:
             raise ValueError(_NOT_SWAPPED)
         if (to, of) != (receives, sends):
             raise ValueError(_HALF)
+        if len(x) != sum(to):
+            raise ValueError(_COUNT)
         return exchange(x, axis, to, of)
 
     return answer(came.clone(), axis, sends, receives, checked), exchange(came, axis, receives, sends)
 
 
 def _run_way_back(answer: Answer) -> str | None:
-    results = on_ranks(_way_back_on_rank, answer, (_NOT_SWAPPED, _HALF))
+    results = on_ranks(_way_back_on_rank, answer, (_NOT_SWAPPED, _HALF, _COUNT))
     if isinstance(results, str):
         return results
-    if all(near(got, want) for got, want in results):
-        return None
-    if any(isinstance(got, Tensor) and got.shape != want.shape for got, want in results):
-        return _STAYED
-    if all(isinstance(got, Tensor) and near(got * (want.sum() / got.sum()), want) for got, want in results):
-        return _SCALED
-    return "the gradients of some rows are wrong"
+    got, want = [got for got, _ in results], [want for _, want in results]
+    if not all(isinstance(each, Tensor) for each in got):
+        return _SHAPE
+    if any(each.shape != right.shape for each, right in zip(got, want, strict=True)):
+        came = [(sum(row[rank] for row in ROWS), WIDTH) for rank in range(RANKS)]
+        return _STAYED if [each.shape for each in got] == came else _SHAPE
+    return judge_rounding(got, want) if all_near(got, want) else _read_rows(torch.cat(got).double(), torch.cat(want))
+
+
+def _read_rows(got: Tensor, want: Tensor) -> str:
+    """What became of all ranks' rows [R, D]: no row here is a multiple of another."""
+    factors = (got * want).sum(1, keepdim=True) / want.square().sum(1, keepdim=True)
+    if near(got, factors * want):
+        return _SCALED if factors.all() else _LOST
+    return _ORDER if sorted(got.tolist()) == sorted(want.tolist()) else _MIXED
 
 
 EXERCISES = [
@@ -128,6 +172,14 @@ EXERCISES = [
                 lambda g, axis, sends, receives, trade: trade(g, axis, receives, sends) / axis.size,
                 _SCALED,
             ),
+            Mistake("in float32", lambda g, *rest: way_back(g, *rest).float(), ROUNDED),
+            Mistake("turned round before", lambda g, *rest: way_back(g.flip(0), *rest), _ORDER),
+            Mistake("turned round after", lambda g, *rest: way_back(g, *rest).flip(0), _ORDER),
+            Mistake("zeros", lambda g, *rest: torch.zeros_like(way_back(g, *rest)), _LOST),
+            Mistake("summed", lambda g, *rest: way_back(g, *rest).cumsum(0), _MIXED),
+            Mistake("channels turned round", lambda g, *rest: way_back(g, *rest).flip(1), _MIXED),
+            Mistake("flat", lambda g, *rest: way_back(g, *rest).flatten(), _SHAPE),
+            Mistake("one row more", _way_back_of_more, _COUNT),
         ),
         run=_run_way_back,
     ),
