@@ -18,7 +18,6 @@ from math import comb, lcm
 from ..config import MeshShape, MoEConfig, RunConfig
 from ..layout import Layout, Placement
 from ..mesh import expert_axis_of
-from ..moe.dispatch import part_sizes
 from ..moe.placement import Order, by_number, holders, journeys, moves
 
 Rows = Mapping[int, tuple[int, int]]  # layer -> rows that a rank sends, and receives, in one forward of a whole step
@@ -151,6 +150,8 @@ def even_step(run: RunConfig) -> tuple[int, int]:
     """
     train, moe = run.train, run.model.moe
     assert moe is not None
-    sizes = part_sizes(train.micro_batch_size * train.seq_len // run.mesh.cp, train.dispatch_parts)
+    tokens, parts = train.micro_batch_size * train.seq_len // run.mesh.cp, train.dispatch_parts
+    # cut anew, not by `part_sizes`: the prediction shares no code with what it predicts
+    sizes = ((i + 1) * tokens // parts - i * tokens // parts for i in range(parts))
     rows = train.micro_batches * sum(even_rows(moe, run.mesh.ep, size, train.expert_replicas) for size in sizes)
     return rows, rows
