@@ -52,7 +52,7 @@ from .parallel.parallelize import layout_of
 FREE = 1e30  # a rate that the fit found to cost nothing beside the others
 NEAR = 1e-3  # weight of what was measured alone
 COMPILED = 15  # operators of a compiled dense layer: seven products, attention, and what is fused between them
-METHOD = 2  # counts up when something is measured otherwise, so that no file of before is taken
+METHOD = 3  # counts up when something is measured otherwise, so that no file of before is taken
 MISSED = 0.25  # by which a rate may fail to explain the very passes that it was made from
 # Seconds a unit, over those that were measured alone: the least and the most. Products of a layer may be narrow; a kept
 # activation is written once at least, and by eager code read and written several times; starts may hide behind work

@@ -8,7 +8,9 @@ very small operators, of which only the start takes time. Passes of the model ca
 All ranks start each call together (a barrier before it), and the best of some rounds counts: what disturbs makes
 slower, never faster.
 
-    CPU    computing is timed by what the process has used of a core, messages by the clock on the wall
+    CPU    computing is timed by what the process has used of a core; messages by the clock on the wall, each behind a
+           product, as in a step: the ranks do not meet at one instant, and the one that waits has to be woken, which
+           takes longer than a small message
     GPU    its host runs ahead of it in training, so it is timed by its own clock, with all that it has to do launched
            before it may begin (`_on_gpu`); and apart from that, what the host needs to launch a layer and a message
 """
@@ -44,6 +46,7 @@ WEIGHT = {"cuda": (2048, 4096), "cpu": (250, 1000)}  # shape of each of its weig
 SQUARE = {"cuda": 8192, "cpu": 512}  # rows and columns of the timed product
 COPIED = {"cuda": 2**28, "cpu": 2**23}  # numbers of 4 bytes of the timed copy
 SMALL = 200  # operators of the timed starts
+ROW = 10  # messages, each behind a product, that CPUs are timed with together
 ASLEEP = 60_000_000  # cycles that a GPU is kept busy while its host launches what is timed: 30 ms and more
 
 
@@ -108,7 +111,7 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
 
     # a CPU's own time where nothing is waited for: what other programs take of the cores does not count
     computing = _on_gpu if cuda else partial(_by, time.process_time)
-    sending = _on_gpu if cuda else partial(_by, time.perf_counter)
+    wall = partial(_by, time.perf_counter)
 
     def timed(*calls: Callable[[], object], how: Callable[[Callable[[], object]], float] = computing) -> list[float]:
         """Best seconds of each call, all made in turn."""
@@ -130,11 +133,16 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
             out["host", number] = sum(timed(forward, backward, how=_to_launch))
     if axis.size > 1:
         sizes = SIZES[device.type]
+        flops, product = direct(run, device)["product"]
         for operation, collective in OPERATIONS.items():
             for size in sizes:
                 x = torch.ones(int(payload(operation, size, axis.size)) // 4, device=device)
                 call = partial(collective, x, axis)
-                (out[operation, size],) = timed(call, how=sending)
+                if cuda:
+                    (out[operation, size],) = timed(call)
+                else:
+                    (seconds,) = timed(partial(_in_a_row, product, call), how=wall)
+                    out[operation, size] = max(1e-6, seconds / ROW - flops * out["product", 0])
                 if cuda and (operation, size) == ("all_reduce", sizes[0]):
                     (out["host_message", 0],) = timed(call, how=_to_launch)
         x = torch.ones(sizes[-1] // 4, device=device)
@@ -149,7 +157,7 @@ def measure(run: RunConfig) -> dict[tuple[str, int], float]:
             alone()
             work.wait()
 
-        out["alone", 0], out["both", 0] = timed(alone, both, how=sending)
+        out["alone", 0], out["both", 0] = timed(alone, both, how=computing if cuda else wall)
     shape = WEIGHT[device.type]
     number = max(1, min(ELEMENTS[device.type], parameters(run.model)) // prod(shape))
     weights = {str(i): torch.randn(shape, device=device) for i in range(number)}
@@ -223,6 +231,12 @@ def _by(clock: Callable[[], float], call: Callable[[], object]) -> float:
     start = clock()
     call()
     return clock() - start
+
+
+def _in_a_row(between: Callable[[], object], call: Callable[[], object]) -> None:
+    for _ in range(ROW):
+        between()
+        call()
 
 
 def _on_gpu(call: Callable[[], object]) -> float:

@@ -77,6 +77,9 @@ FOUR: list[Setting] = [
     ("dp=4", {"micro_batch_size": 1}),
     ("dp=2,tp=2", {"micro_batch_size": 2}),
     ("dp=2,pp=2", {"micro_batch_size": 1}),
+    ("dp=2,pp=2", {"micro_batch_size": 1, "zero": 2}),
+    ("dp=2,pp=2", {"micro_batch_size": 1, "zero": 3, "schedule": "interleaved"}),
+    ("dp=2,pp=2", {"micro_batch_size": 1, "zero": 3, "schedule": "zb-h1"}),
     ("tp=2,pp=2", {"micro_batch_size": 2, "sequence_parallel": True}),
 ]
 EXPERTS_TWO: list[Setting] = [
