@@ -128,11 +128,6 @@ def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -
             f"{name} runs micro-batches in groups of pp={mesh.pp}, and micro_batches={train.micro_batches} is no "
             f"multiple of it; it could be {fits}"
         )
-    if train.zero == 3 and train.schedule not in ("1f1b", "afab"):
-        found.append(
-            f"{name} runs several chunks or halves of a backward, and zero=3 frees the weights after each whole one; "
-            "use zero=2, or schedule=1f1b"
-        )
     if train.schedule in ("zb-h1", "zb-v"):
         for setting, off in (("compile", False), ("recompute", "none"), ("loss_chunks", 1)):
             if (value := getattr(train, setting)) != off:

@@ -35,6 +35,7 @@ from ..config import ModelConfig, RunConfig
 from ..model.costs import layer_activation_bytes, layer_parameters
 from .expert_costs import mixture
 from .expert_traffic import ITEMSIZE
+from .zero import UNDER_WAY
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,14 @@ def stage_peak(
     # gradients under way: one of a layer's weights before it is added to its sum; of a table that is tied and used
     # twice here, from the loss to the end of the backward; and what ZeRO 2 and 3 reduce
     tied = vocabulary * w if last and run.model.tie_embeddings and mesh.pp == 1 else 0
-    going = {2: wide * min(size, 3 * train.bucket_mb * 2**20 / wide), 3: 0.0}.get(train.zero, 0.0)
+    going = _under_way(run, wide * size) if train.zero == 2 else 0.0
     reduced = [going] * 2
     if train.zero == 3:
         unit = max(_unit(run, False), vocabulary)
         reduced[False] = min(unit * (4 * w + 3 * wide), size * (2 * w + 2 * wide))
         reduced[True] = 2 * w * _unit(run, True)  # worst in the last layer, before anything is reduced
+        if train.schedule in ("zb-h1", "zb-v"):  # between its halves a backward has some gradients of every unit
+            reduced = [each + wide * size / train.chunks for each in reduced]
     # in the loss's backward the reductions of the micro-batch before are still under way
     still = int(going * 2 / 3) if train.zero == 2 and train.micro_batches > 1 else 0
     moments = [
@@ -192,6 +195,18 @@ def stage_peak(
     if train.device == "cpu":  # fused kernels need no temporary
         moments.append(Peak(0, 0, elements * wide))
     return max(moments, key=lambda peak: peak.total)
+
+
+def _under_way(run: RunConfig, gradients: float) -> float:
+    """Bytes of what ZeRO 2 reduces at once, of so many bytes of gradients.
+
+    Each bucket once, and with several micro-batches its sum (which is then added to another), and one that fills again.
+    """
+    train, going = run.train, min(gradients, UNDER_WAY)
+    if train.micro_batches == 1:
+        return going
+    group = train.zero_group or run.mesh.dp
+    return going * (1 + 1 / group) + min(gradients, train.bucket_mb * 2**20)
 
 
 def _unit(run: RunConfig, experts: bool) -> int:

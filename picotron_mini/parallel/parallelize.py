@@ -286,10 +286,12 @@ def _sharded(
         copies[inside] = [apart] if apart.size > 1 else []
         others = dict.fromkeys(_experts(parameters, mesh), inside)
     if train.zero == 3:
-        (model,) = chunks
-        units = [model.embed, *model.layers.values(), model.norm, head_with_loss(model)]
-        here = [unit for unit in units if unit is not None]
-        return ShardedWeights(here, axis, rows=rows, copies=copies, others=others)
+        all_units = [[chunk.embed, *chunk.layers.values(), chunk.norm, head_with_loss(chunk)] for chunk in chunks]
+        units = [[unit for unit in each if unit is not None] for each in all_units]
+        return ShardedWeights(
+            [unit for each in units for unit in each], axis, rows=rows, copies=copies, others=others,
+            chunks=[len(each) for each in units], counted=train.schedule in ("zb-h1", "zb-v"),
+        )  # fmt: skip
     start = "last" if train.zero == 1 else "each"
     size = train.bucket_mb * 2**20
     groups = by_axis(parameters.values(), lambda p: others.get(p, axis))

@@ -133,7 +133,8 @@ def run_pipeline(
         shape, dtype, device: of the hidden states at the borders, the same on all stages.
         before_last_backward: called once before this stage's last whole backward. With one chunk, from here on each
             gradient that becomes ready is final, so that a data-parallel reducer may start to sum it over the replicas.
-        after_backward: called after each whole backward; with one chunk all gradients of its micro-batch are there.
+        after_backward: called after each backward, of two halves after the first. Of a whole one all gradients of its
+            micro-batch and chunk are there.
         route: where the virtual stages are; None: one a stage.
         receives: what to start receiving before each action; None: in this stage's own order, right on a line of
             ranks whose receives do not hold them up.
@@ -190,6 +191,8 @@ def run_pipeline(
             assert deferred is not None, "a schedule that splits backwards needs linear layers that do"
             with deferred.collecting() as waiting[action.chunk, action.micro_batch]:
                 run_backward_of(action)
+            if after_backward is not None:
+                after_backward()
         else:
             products = waiting.pop((action.chunk, action.micro_batch))
             while products:

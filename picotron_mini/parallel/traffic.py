@@ -251,11 +251,12 @@ def _sharded(run: RunConfig, mine: Mapping[str, Placement], trained: set[str], i
     uses: dict[str, list[str]] = {}  # the parameters of each unit, in the order of the forward
     for name in mine:
         uses.setdefault(".".join(name.split(".")[:2]), []).append(name)
-    if run.model.tie_embeddings and mesh.pp == 1:
+    here = mine.get("embed.weight")
+    if run.model.tie_embeddings and here and len(here.stages) == 1 and "norm.weight" in mine:
         uses["head"] = uses["embed.weight"]  # used twice
     flows = index["pp"] > 0  # a gradient comes by if a trained parameter is in the unit, or below it
     for unit in uses.values():
-        flows = flows or not trained.isdisjoint(unit)
+        flows = flows or not trained.isdisjoint(unit) or _layer(unit[0]) in _later_chunks(list(mine))
         for axis, names in _by_axis(mine, unit).items():
             if axis == "dp" or inside > 1:
                 number = sum(columns[name] for name in names)

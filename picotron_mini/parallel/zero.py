@@ -34,7 +34,6 @@ Legend: N ranks of the axis, C columns of a buffer.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,8 +46,9 @@ from ..mesh import Axis
 from .buckets import bucket
 from .rows import Cut, cut
 
-# Bytes that may be under way: the layer before travels while this one computes. A compiled layer has all its gradients
-# at once, so these are not a number of buckets: the third would wait for the first, and the GPU with it.
+# Bytes that may be under way, of one micro-batch at most: the layer before travels while this one computes. A compiled
+# layer has all its gradients at once, so these are not a number of buckets: the third would wait for the first, and the
+# GPU with it.
 UNDER_WAY = 512 * 2**20
 
 
@@ -83,7 +83,7 @@ class ShardedGradients:
     Args:
         groups: of parameters alike; those that are frozen are left out. A group becomes one or more buckets.
         start: "last": reduce once, in the backward that follows `arm` (ZeRO 1). "each": in every one (ZeRO 2).
-            "told": in every one, when `start_of` is called, one bucket a group (ZeRO 3).
+            "told": in every one, when `start_of` is called (ZeRO 3).
         rows: as `cut` has it.
         bucket_bytes: size at which a bucket is closed.
         copies: axes of ranks that own the same rows (other groups in HSDP, context parallelism): the rows are summed
@@ -105,8 +105,7 @@ class ShardedGradients:
             if not trained:
                 continue
             dtype = torch.promote_types(trained[0].dtype, torch.float32)
-            limit = math.inf if start == "told" else bucket_bytes
-            for indices in bucket([p.numel() for p in trained], dtype.itemsize, limit):
+            for indices in bucket([p.numel() for p in trained], dtype.itemsize, bucket_bytes):
                 cuts, columns = cut([trained[i] for i in indices], axis.size, self.rows)
                 shard = torch.zeros(columns + len(cuts), dtype=dtype, device=trained[0].device)
                 self.buckets.append(_Bucket(cuts, columns, shard))
@@ -162,6 +161,8 @@ class ShardedGradients:
 
     def _start(self, each: _Bucket) -> None:
         self.next += 1
+        while any(each is other for other, *_ in self._under_way):  # of the micro-batch before, long there
+            self._finish_oldest()
         ranks = self.axis.size
         whole = self._room(each) if each.whole is None else each.whole
         flags = whole[ranks * each.columns :]

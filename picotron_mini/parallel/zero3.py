@@ -33,10 +33,12 @@ Papers: ZeRO (arXiv 1910.02054), PyTorch FSDP (arXiv 2304.11277). PyTorch's own:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +88,10 @@ class ShardedWeights:
 
     Args:
         modules: in the order in which the forward uses them; between them they have all parameters.
+        chunks: how many of the modules, one after another, are called in one go; None: all. Nothing travels ahead from
+            one chunk for the next.
+        counted: reduce a unit's gradients when they have been added to as often as `arm` says, and not at the end of
+            its backward: for backwards whose weight gradients come later (`deferred.py`).
         rows: as `rows.cut` has it.
         copies: of each axis that parameters are cut over, as `ShardedGradients` has it.
         others: the axis of those parameters that are cut over another one.
@@ -96,8 +102,11 @@ class ShardedWeights:
     def __init__(
         self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None,
         copies: Mapping[Axis, Sequence[Axis]] | None = None, others: Mapping[nn.Parameter, Axis] | None = None,
+        chunks: Sequence[int] | None = None, counted: bool = False,
     ) -> None:  # fmt: skip
-        others, copies = others or {}, copies or {}
+        others, copies, self.counted = others or {}, copies or {}, counted
+        self.begins = list(accumulate(chunks or [len(modules)], initial=0))  # the place where each chunk begins
+        assert self.begins[-1] == len(modules), "every module is in a chunk"
         self._own: dict[nn.Parameter, Tensor] = {}
         self.units: list[_Unit] = [_Unit([])] * len(modules)  # by place; the same twice where modules share a parameter
         for parameters, places in _sharing(modules):
@@ -110,7 +119,14 @@ class ShardedWeights:
                 groups.setdefault(over, []).append([each.parameter for each in cuts])
         self.gradients = SeveralSharded(
             (
-                ShardedGradients(each, over, start="told", rows=rows, copies=copies.get(over, ())),
+                ShardedGradients(
+                    each,
+                    over,
+                    start="each" if counted else "told",
+                    rows=rows,
+                    copies=copies.get(over, ()),
+                    bucket_bytes=math.inf,
+                ),
                 [parameter for group in each for parameter in group],
             )
             for over, each in groups.items()
@@ -175,21 +191,21 @@ class ShardedWeights:
 
     def _before_forward(self, place: int) -> None:
         self._need(self.units[place])
-        if place + 1 < len(self.units):
+        if place + 1 not in self.begins:
             self._fetch(self.units[place + 1])
-        if place == SETTLED:  # memory is wanted for activations again
+        if place - SETTLED in self.begins:  # memory is wanted for activations again
             self.gradients.settle()
 
     def _before_backward(self, place: int) -> None:
         self._need(self.units[place])
-        if place > 0 and self.uses[place - 1].reached:
+        if place not in self.begins and self.uses[place - 1].reached:
             self._fetch(self.units[place - 1])
 
     def _after_backward(self, place: int) -> None:
         unit = self.units[place]
         self._free(unit)
         places = [other for other, each in enumerate(self.units) if each is unit and self.uses[other].reached]
-        if place == places[0]:  # the last of its uses in the backward
+        if place == places[0] and not self.counted:  # the last of its uses in the backward
             self.gradients.start_of(each.parameter for cuts, _ in unit.buffers for each in cuts)
 
     # --- one step, as in `ShardedGradients` ---------------------------------------------------------------
@@ -199,10 +215,12 @@ class ShardedWeights:
         self.gradients.reset()
 
     def arm(self, times: Mapping[nn.Parameter, int] | None = None) -> None:
-        """Nothing: every micro-batch's gradients are reduced in its own backward."""
+        """As `ShardedGradients.arm`, if `counted`; else nothing: each backward reduces its own gradients."""
+        if self.counted:
+            self.gradients.arm(times)
 
     def after_backward(self) -> None:
-        """End the uses whose input needed no gradient. After each backward, on every rank."""
+        """End the uses whose input needed no gradient. After each backward (of two halves the first), on every rank."""
         for use in reversed(self.uses):
             use.end()
 

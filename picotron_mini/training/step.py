@@ -76,13 +76,16 @@ def _fill(parallel: Parallel, micro_batches: Sequence[Batch]) -> tuple[Tensor, T
     if pp.size > 1:
         receives = _receives(train.schedule, route, len(micro_batches))[pp.index]
     gradients = parallel.gradients
-    after = None if isinstance(gradients, GradientBuckets | SeveralBuckets) else gradients.after_backward
     pools = None if parallel.routers is None else parallel.routers.pools(True, len(micro_batches))
     gradients.reset()
-    at_once = route.chunks == 1 and not split  # every gradient is final in the last backward
-    if not at_once:
+    # else every gradient is final in the last backward, or (ZeRO 3) reduced in each
+    counted = split or (route.chunks > 1 and train.zero < 3)
+    after = None if isinstance(gradients, GradientBuckets | SeveralBuckets) else gradients.after_backward
+    if counted and train.zero < 3:
+        after = None
+    if counted:
         each = sum((additions(chunk, split) for chunk in parallel.chunks), Counter[nn.Parameter]())
-        rounds = 1 if train.zero == 2 else len(micro_batches)  # ZeRO 2 reduces in each micro-batch
+        rounds = 1 if train.zero > 1 else len(micro_batches)  # ZeRO 2 and 3 reduce in each micro-batch
         gradients.arm({parameter: n * rounds for parameter, n in each.items()})
     loss = run_pipeline(
         schedule(pp.index, pp.size, len(micro_batches)),
@@ -92,8 +95,8 @@ def _fill(parallel: Parallel, micro_batches: Sequence[Batch]) -> tuple[Tensor, T
         shape=parallel.border_shape,
         dtype=parallel.dtype,
         device=parallel.device,
-        before_last_backward=gradients.arm if at_once else None,
-        after_backward=after if at_once else None,
+        before_last_backward=None if counted else gradients.arm,
+        after_backward=after,
         route=route,
         receives=receives,
         deferred=parallel.deferred,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.gpt import parameter_shapes
 from picotron_mini.monitoring.placement import held
 from picotron_mini.parallel import zero
+from picotron_mini.parallel.deferred import Deferred
 from picotron_mini.parallel.footprint import footprint
 from picotron_mini.parallel.gather import gather
 from picotron_mini.parallel.parallelize import layout_of, parallelize
@@ -151,9 +153,6 @@ def test_settings() -> None:
     with pytest.raises(ConfigError, match="zero_group=3 does not cut dp=4 into groups of 2 or more; .* be 2 or 4"):
         resolved("dp=4", zero=1, zero_group=3)
     assert resolved("dp=4", zero=1, zero_group=2).train.zero_group == 2
-    with pytest.raises(ConfigError, match="schedule=zb-h1 runs several chunks .* use zero=2, or schedule=1f1b"):
-        resolved("dp=2,pp=2", zero=3, schedule="zb-h1")
-    assert resolved("dp=2,pp=2", zero=3, schedule="afab").train.zero == 3
 
 
 # --- bytes, by hand ---------------------------------------------------------------------------------------
@@ -397,8 +396,13 @@ def test_zero_1_reduces_in_the_last_backward_and_zero_2_in_each(ranks: Ranks) ->
     assert ranks(events, 4 * 30, 2, world_size=2)[0] == [[2, 4], [2, 4]]
 
 
-def story() -> tuple[list[str], int]:
-    """In a rank: what happens around a stack of layers, and the most layers whose weights were here at once."""
+def story(chunks: list[int] | None = None, late: bool = False) -> tuple[list[str], int]:
+    """In a rank: what happens around a stack of layers, and the most layers whose weights were here at once.
+
+    Args:
+        chunks: of layers, called one after another.
+        late: whether weight gradients come after the backward.
+    """
     from picotron_mini.parallel import zero3
 
     axis = axis_of_world()
@@ -427,13 +431,19 @@ def story() -> tuple[list[str], int]:
             most = max(most, sum(layer.weight.untyped_storage().nbytes() > 0 for layer in layers))
             return func(*args, **(kwargs or {}))
 
-    sharded = ShardedWeights(layers, axis)
+    deferred = Deferred(layers) if late else None
+    sharded = ShardedWeights(layers, axis, chunks=chunks, counted=late)
+    sharded.arm({layer.weight: 1 for layer in layers} if late else None)
     x = torch.ones(2, 3)
     with Look():
         for layer in layers:
             x = layer(x)
-        x.sum().backward()
+        with nullcontext([]) if deferred is None else deferred.collecting() as products:
+            x.sum().backward()
         sharded.after_backward()
+        for product in products:
+            told.append("later")
+            product.run()
         sharded.finish()
     return told, most
 
@@ -446,6 +456,53 @@ def test_the_next_units_weights_travel_while_one_computes(ranks: Ranks) -> None:
         "backward 1", "reduce 1", "backward 0", "reduce 0",
     ]  # fmt: skip
     assert most == 2, "the layer that computes, and the one whose weights travel"
+
+
+def test_nothing_travels_ahead_for_another_chunk(ranks: Ranks) -> None:
+    """Between two chunks of a stage others compute, and weights that came too early would wait here."""
+    told, _ = ranks(story, [2, 2], world_size=2)[0]
+    assert told == [
+        "gather 0", "gather 1", "forward 0", "forward 1", "gather 2", "gather 3", "forward 2", "forward 3",
+        "gather 3", "gather 2", "backward 3", "reduce 3", "backward 2", "reduce 2", "gather 1", "gather 0",
+        "backward 1", "reduce 1", "backward 0", "reduce 0",
+    ]  # fmt: skip
+
+
+def test_late_weight_gradients_are_reduced_when_they_are_there_and_need_no_weights(ranks: Ranks) -> None:
+    told, _ = ranks(story, None, True, world_size=2)[0]
+    assert told[8:] == [
+        "gather 3", "gather 2", "gather 1", "gather 0",
+        *(word for n in (3, 2, 1, 0) for word in ("later", f"backward {n}", f"reduce {n}")),
+    ]  # fmt: skip
+
+
+def reductions_at_once(stage: int, micro_batches: int) -> tuple[int, int]:
+    """In a rank: the most reductions that were under way at once, and the number of buckets."""
+    layers = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(4)])
+    sharded = ShardedWeights(list(layers), axis_of_world()) if stage == 3 else None
+    gradients = ShardedGradients(alike(layers.parameters()), axis_of_world(), start="each", bucket_bytes=1)
+    if sharded is not None:
+        (gradients,) = sharded.gradients.reducers
+    most, real = 0, zero.reduce_scatter_several
+
+    def watched(outs: list[Tensor], xs: list[Tensor], over: Axis) -> Any:
+        nonlocal most
+        most = max(most, 1 + len(gradients._under_way))
+        return real(outs, xs, over)
+
+    zero.reduce_scatter_several = watched
+    for _ in range(micro_batches):
+        layers(torch.ones(1, 4)).sum().backward()
+        (sharded or gradients).after_backward()
+    (sharded or gradients).finish()
+    return most, len(gradients.buckets)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_of_several_micro_batches_only_one_is_under_way(ranks: Ranks, stage: int) -> None:
+    """Else a small model would keep the gradients of all its micro-batches, which is what ZeRO 2 is to spare."""
+    for most, buckets in ranks(reductions_at_once, stage, 3, world_size=2):
+        assert most == buckets == 4
 
 
 def recomputed(around: bool) -> list[Tensor | None]:

@@ -36,6 +36,26 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
         {"num_layers": 5},
         {"zero": 2, "schedule": "zb-v"},
     ),
+    "3, interleaved, recompute": (
+        "dp=2,pp=2",
+        {"num_layers": 5},
+        {"zero": 3, "schedule": "interleaved", "micro_batches": 4, "recompute": "full"},
+    ),
+    "3, zero bubble, sequence": (
+        "dp=2,tp=2,pp=2",
+        {"num_layers": 5, "qk_norm": True},
+        {"zero": 3, "schedule": "zb-h1", "sequence_parallel": True},
+    ),
+    "3, a V with a tied table, two groups": (
+        "dp=4,pp=2",
+        {"num_layers": 5},
+        {"zero": 3, "schedule": "zb-v", "zero_group": 2},
+    ),
+    "3, a V, frozen below": (
+        "dp=2,pp=2",
+        {"num_layers": 6, "tie_embeddings": False},
+        {"zero": 3, "schedule": "zb-v", "freeze": ("embed", "layers.0", "layers.1", "layers.5")},
+    ),
     "3, context, sequence, recompute": (
         "dp=2,cp=2,tp=2",
         {"qk_norm": True},
