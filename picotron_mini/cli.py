@@ -192,13 +192,13 @@ def describe_command(args: list[str]) -> int:
 def plan_command(args: list[str]) -> int:
     """rank layouts by predicted speed and memory, for any number of ranks"""
     wanted = parse(Plan, "plan", args, replace(PRESETS["laptop"], layout="auto"))
-    from .planner import Wish, answer
+    from .planner import answer
 
     run = wanted.run
     run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.expected_vocab_size))
     if not any(arg.partition("=")[0] == "--layout" for arg in name_bare_layout(args)):
         run = replace(run, layout="auto")  # a preset's or a file's is only one of those to be compared
-    found = answer(run, Wish(**{name: getattr(wanted, name) for name in Wish.__dataclass_fields__}), _width())
+    found = answer(run, wanted, _width())
     if wanted.json:
         print(json.dumps(found.data, allow_nan=False))
     else:

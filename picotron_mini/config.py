@@ -239,6 +239,21 @@ class RunConfig:
         return MeshShape.parse(self.layout)
 
 
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `picotron-mini plan` is asked, beside the run."""
+
+    ranks: int = 0  # 0: the layout's, else the GPUs or cores of this machine
+    machine: str = "this"  # this one, measured; or h100, h100-cluster, or a file that was measured elsewhere
+    measure: bool = False  # measure this machine also if it is known
+    memory_gib: float = 0.0  # of each rank; 0: the machine's
+    link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
+    host_link_gb_s: float = 0.0  # ... between hosts, for each rank
+    ranks_per_host: int = 0  # 0: the machine's
+    skew: str = "1"  # the busiest rank's load of experts over the even one, after placement; or a run that measured it
+    dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
+
+
 def nearest(value: int, ok: list[int]) -> str:
     """The two of `ok` that lie nearest to a value, in words: `"4 or 8"`."""
     return " or ".join(str(v) for v in sorted(sorted(ok, key=lambda v: abs(v - value))[:2]))

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 import yaml
 
-from .config import ConfigError, Device, Dtype, MoEConfig, RunConfig, from_dict, to_dict
+from .config import ConfigError, Device, Dtype, MoEConfig, PlanConfig, RunConfig, from_dict, to_dict
 from .presets import PRESETS, preset
 
 
@@ -52,19 +52,10 @@ class Bench(Run):
 
 
 @dataclass(frozen=True)
-class Plan(Run):
+class Plan(PlanConfig, Run):
     """Rank the legal layouts by predicted speed, or look at one: LAYOUT, and with --dry-run its ranks' own code."""
 
     json: bool = False  # print one JSON object instead of a table
-    ranks: int = 0  # 0: the layout's, else the GPUs or cores of this machine
-    machine: str = "this"  # this one, measured; or h100, h100-cluster, or a file that was measured elsewhere
-    measure: bool = False  # measure this machine also if it is known
-    memory_gib: float = 0.0  # of each rank; 0: the machine's
-    link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
-    host_link_gb_s: float = 0.0  # ... between hosts, for each rank
-    ranks_per_host: int = 0  # 0: the machine's
-    skew: str = "1"  # the busiest rank's load of experts over the even one, after placement; or a run that measured it
-    dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .calibrate import MISSED, calibrated, on_one_rank
-from .config import ConfigError, MeshShape, RunConfig, UserError, divisors
+from .config import ConfigError, MeshShape, PlanConfig, RunConfig, UserError, divisors
 from .dry_run import dry_run, sample
 from .dry_run import table as dry_table
 from .expert_legality import expert_problems
@@ -47,21 +47,6 @@ from .parallel.predict import Prediction, memory_of_stages, predict
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked, beside the run."""
-
-    ranks: int = 0  # 0: the layout's, else the GPUs or cores of this machine
-    machine: str = "this"  # this one, measured; or a preset, or a file that --measure has written
-    measure: bool = False  # measure this machine also if it is known
-    memory_gib: float = 0.0  # of each rank; 0: the machine's
-    link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
-    host_link_gb_s: float = 0.0  # ... between hosts, for each rank
-    ranks_per_host: int = 0  # 0: the machine's
-    skew: str = "1"  # the busiest rank's load of experts over the even one, after placement; or a run that measured it
-    dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
-
-
-@dataclass(frozen=True)
 class Answer:
     """What is printed, as a table or as plain data, and whether all is well."""
 
@@ -70,7 +55,7 @@ class Answer:
     ok: bool
 
 
-def answer(run: RunConfig, wish: Wish, width: int = 120) -> Answer:
+def answer(run: RunConfig, wanted: PlanConfig, width: int = 120) -> Answer:
     """Do what was asked.
 
     Args:
@@ -78,29 +63,29 @@ def answer(run: RunConfig, wish: Wish, width: int = 120) -> Answer:
         width: columns of text that there is room for.
 
     Raises:
-        ConfigError: nothing legal, or contradicting wishes.
+        ConfigError: nothing legal, or wants that contradict each other.
     """
-    skew = skew_wanted(run, wish.skew)
-    if run.train.tensor_overlap > 1 and not wish.dry_run:
+    skew = skew_wanted(run, wanted.skew)
+    if run.train.tensor_overlap > 1 and not wanted.dry_run:
         raise ConfigError(
             f"plan does not predict what tensor_overlap={run.train.tensor_overlap} hides; leave it out, or measure it "
             "with `bench`"
         )
-    for name, value in (("memory_gib", wish.memory_gib), ("link_gb_s", wish.link_gb_s),
-                        ("host_link_gb_s", wish.host_link_gb_s), ("ranks_per_host", wish.ranks_per_host)):  # fmt: skip
+    for name in ("memory_gib", "link_gb_s", "host_link_gb_s", "ranks_per_host"):
+        value = getattr(wanted, name)
         if not 0 <= value < float("inf"):
             raise ConfigError(f"{name}={value} must be a number above 0, or 0 for the machine's own")
     known = "" if run.layout == "auto" else run.layout
-    if wish.dry_run and not known:
+    if wanted.dry_run and not known:
         raise ConfigError("--dry-run rehearses one layout; name it, as dp=16,tp=8,pp=8")
     size = run.mesh.world_size if known else 0
-    if size and wish.ranks not in (0, size):
-        raise ConfigError(f"layout {known} has {size} ranks, and --ranks says {wish.ranks}; leave one of them out")
+    if size and wanted.ranks not in (0, size):
+        raise ConfigError(f"layout {known} has {size} ranks, and --ranks says {wanted.ranks}; leave one of them out")
     here = torch.cuda.device_count() or os.cpu_count() or 1
-    ranks = size or wish.ranks or here
+    ranks = size or wanted.ranks or here
     if ranks < 1:
         raise ConfigError(f"ranks={ranks} must be at least 1")
-    if wish.dry_run:
+    if wanted.dry_run:
         run = resolve(replace(run, train=replace(run.train, device="cpu")))
         results = [dry_run(run, rank) for rank in sample(run)]
         problems = [problem for each in results for problem in each.problems]
@@ -112,7 +97,7 @@ def answer(run: RunConfig, wish: Wish, width: int = 120) -> Answer:
             },
         }  # fmt: skip
         return Answer(dry_table(run, results), data, not problems)
-    machine = choose_machine(run, wish, min(ranks, here))
+    machine = choose_machine(run, wanted, min(ranks, here))
     run = replace(run, train=replace(run.train, device="cpu" if machine.cores else "cuda"))
     about = {"machine": machine.name, "source": machine.source, "memory_bytes": machine.memory, "ranks": ranks,
              "sorted_by": "step_seconds"}  # fmt: skip
@@ -157,7 +142,7 @@ def skew_wanted(run: RunConfig, text: str) -> Callable[[int], float]:
     """
     moe = run.model.moe
     if moe is None:
-        if text != Wish.skew:
+        if text != PlanConfig.skew:
             raise ConfigError(f"skew={text} is for a mixture of experts, and this model is dense; leave it out")
         return lambda ep: 1.0
     try:
@@ -179,32 +164,32 @@ def skew_wanted(run: RunConfig, text: str) -> Callable[[int], float]:
     return lambda ep: min(number, ep)
 
 
-def choose_machine(run: RunConfig, wish: Wish, ranks: int) -> Machine:
-    """The machine that is meant, with what the wish says otherwise of it.
+def choose_machine(run: RunConfig, wanted: PlanConfig, ranks: int) -> Machine:
+    """The machine that is meant, with what is wanted otherwise of it.
 
     Args:
         ranks: to measure with, if it is this one.
     """
-    if wish.machine == "this":
-        machine = calibrated(on_one_rank(run, torch.cuda.device_count()), ranks, wish.measure)
+    if wanted.machine == "this":
+        machine = calibrated(on_one_rank(run, torch.cuda.device_count()), ranks, wanted.measure)
         if machine.missed > MISSED:
             raise UserError(
                 f"the rates measured here miss a pass that they were made from by {machine.missed:.0%}, more than "
                 f"{MISSED:.0%}: other programs may be using this machine. Try again with --measure when it is quiet, "
                 "or take a known one: --machine h100"
             )
-    elif wish.measure:
-        raise ConfigError(f"--measure measures this machine, and --machine {wish.machine} asks for another")
+    elif wanted.measure:
+        raise ConfigError(f"--measure measures this machine, and --machine {wanted.machine} asks for another")
     else:
-        machine = find_machine(wish.machine)
-    if wish.memory_gib:
-        machine = replace(machine, memory=wish.memory_gib * GIB)
-    if wish.ranks_per_host:
-        machine = replace(machine, ranks_per_host=wish.ranks_per_host)
-    if wish.link_gb_s:
-        machine = replace(machine, inside=_faster(machine.inside, wish.link_gb_s))
-    if wish.host_link_gb_s:
-        machine = replace(machine, across=_faster(machine.across or machine.inside, wish.host_link_gb_s))
+        machine = find_machine(wanted.machine)
+    if wanted.memory_gib:
+        machine = replace(machine, memory=wanted.memory_gib * GIB)
+    if wanted.ranks_per_host:
+        machine = replace(machine, ranks_per_host=wanted.ranks_per_host)
+    if wanted.link_gb_s:
+        machine = replace(machine, inside=_faster(machine.inside, wanted.link_gb_s))
+    if wanted.host_link_gb_s:
+        machine = replace(machine, across=_faster(machine.across or machine.inside, wanted.host_link_gb_s))
     return machine
 
 

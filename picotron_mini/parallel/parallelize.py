@@ -165,27 +165,16 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         run: resolved (`legality.resolve`), with the vocabulary's size filled.
     """
     config, train = run.model, run.train
-    index = coordinates(mesh.shape, mesh.rank)
     layout = layout_of(run)
     if train.cuda_graph:
         own_stream(device)
-    recorded = RecordedStep() if train.cuda_graph else None
 
-    # 1 pipeline, 2 tensor, context: on the meta device, where tensors have shapes and no memory
-    route = route_of(train.schedule, mesh.shape.pp, train.chunks)
-    parts = stage_layers(config, route.length, train.seq_len)
-    positions = [route.position(index["pp"], chunk) for chunk in range(route.chunks)]
-    with torch.device("meta"):
-        chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
-    for chunk in chunks:
-        replicas, payload = train.expert_replicas, train.dispatch_payload
-        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, replicas, device, payload, train.dispatch)
-        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
-        context_parallel(chunk, mesh["cp"], train.context)
+    # 1 pipeline, 2 expert, tensor, context
+    chunks = _cut(run, mesh, device)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
     deferred = Deferred(chunks) if train.schedule in ("zb-h1", "zb-v") else None
 
-    # 3 weights
+    # 3 weights, 4 precision
     for chunk in chunks:
         if train.zero == 3:  # the whole is never here at once
             chunk._apply(lambda weight: empty(weight, device))
@@ -194,14 +183,67 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     if len(chunks) > 1:
         _tie(chunks)
     parameters = {global_name(config, name): p for chunk in chunks for name, p in chunk.named_parameters()}
-    dtype = DTYPES[train.dtype]
+    masters = _fill(parameters, layout, run, coordinates(mesh.shape, mesh.rank), device)
+    routers = None if config.moe is None else Routers(run, mesh, chunks, device)
+
+    # 5 compile
+    if train.compile:
+        _compile(chunks)
+
+    # 6 recompute
+    for chunk in chunks:
+        recompute(chunk, train.recompute)
+        chunked_loss(chunk, train.loss_chunks)
+
+    # 7 data; where masters are in two halves, the whole ones go before there is room for gradients
+    split = train.masters == "split"
+    kept: Mapping[str, Tensor] = masters
+    gradients: GradientBuckets | SeveralBuckets | ShardedGradients | SeveralSharded | ShardedWeights
+    if train.zero:
+        gradients = _sharded(chunks, parameters, mesh, train, layout)
+        owned = {name: gradients.own(parameter) for name, parameter in parameters.items()}
+        for name, rows in owned.items():
+            rows.copy_(masters[name])
+            if rows.dtype == masters[name].dtype:
+                masters[name] = rows
+        if split:
+            kept = SplitMasters(owned, masters, fuse=train.compile)
+    else:
+        if split:
+            kept = SplitMasters(parameters, masters, fuse=train.compile)
+        del masters
+        gradients = _buckets(parameters, mesh, train)
+    recorded = RecordedStep() if train.cuda_graph else None
+    return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, gradients, device, routers, deferred, recorded)
+
+
+def _cut(run: RunConfig, mesh: Mesh, device: torch.device) -> list[GPT]:
+    """This rank's part of the model, on the meta device, where tensors have shapes and no memory."""
+    config, train = run.model, run.train
+    route = route_of(train.schedule, mesh.shape.pp, train.chunks)
+    parts = stage_layers(config, route.length, train.seq_len)
+    positions = [route.position(mesh["pp"].index, chunk) for chunk in range(route.chunks)]
+    with torch.device("meta"):
+        chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
+    for chunk in chunks:
+        replicas, payload = train.expert_replicas, train.dispatch_payload
+        expert_parallel(chunk, mesh["ep"], train.dispatch_parts, replicas, device, payload, train.dispatch)
+        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
+        context_parallel(chunk, mesh["cp"], train.context)
+    return chunks
+
+
+def _fill(
+    parameters: dict[str, nn.Parameter], layout: Layout, run: RunConfig, index: dict[str, int], device: torch.device
+) -> dict[str, Tensor]:
+    """Draw the weights, freeze some; returns this rank's masters by global name: the parameters where they are such."""
+    train, dtype = run.train, DTYPES[run.train.dtype]
     master_dtype = dtype if train.masters == "none" else torch.promote_types(dtype, torch.float32)
     masters: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         place = layout[name]
-        whole = initial_weight(config, name, place.shape, train.seed, device)
+        whole = initial_weight(run.model, name, place.shape, train.seed, device)
         masters[name] = place.part(whole, index).to(master_dtype, copy=True)
-        # 4 precision
         parameter.requires_grad_(not train.freezes(name))
         if train.zero == 3:
             parameter.data = empty(parameter, device, dtype)
@@ -211,55 +253,18 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
             parameter.data = masters[name] if dtype == master_dtype else masters[name].to(dtype)
         if dtype == master_dtype and not train.zero:
             masters[name] = parameter
+    return masters
 
-    routers = None if config.moe is None else Routers(run, mesh, chunks, device)
 
-    # 5 compile
-    if train.compile:
-        for module, name in [
-            part for chunk in chunks for block in chunk.layers.values() for part in of_one_shape(block)
-        ]:
-            setattr(module, name, torch.compile(getattr(module, name), fullgraph=True))
-        for moe in [moe for chunk in chunks for moe in mixtures(chunk)]:
-            moe.experts.passes = fused()
-        for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
-            norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
-        for chunk in chunks:  # fused, the float32 logits are never written
-            chunk.cross_entropy = torch.compile(chunk.cross_entropy, fullgraph=True)
-
-    # 6 recompute
-    for chunk in chunks:
-        recompute(chunk, train.recompute)
-        chunked_loss(chunk, train.loss_chunks)
-
-    # 7 data
-    kept: Mapping[str, Tensor] = masters
-    if train.zero:
-        cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
-        rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
-        sharded = _sharded(chunks, parameters, mesh, train, rows)
-        for name, parameter in parameters.items():
-            sharded.own(parameter).copy_(masters[name])
-            if dtype == master_dtype:
-                masters[name] = sharded.own(parameter)
-        if train.masters == "split":
-            kept = SplitMasters({n: sharded.own(p) for n, p in parameters.items()}, masters, fuse=train.compile)
-        return Parallel(
-            run, mesh, layout, tuple(chunks), parameters, kept, sharded, device, routers, deferred, recorded
-        )
-    if train.masters == "split":
-        kept = SplitMasters(parameters, masters, fuse=train.compile)
-        del masters, whole
-    size = train.bucket_mb * 2**20
-    others = _experts(parameters, mesh)
-    groups = by_axis(parameters.values(), lambda p: others.get(p, mesh["dp_cp"]))
-    hosts = Hierarchical(*mesh.halves("dp_cp", train.reduce_group)) if train.reduce_group else None
-    reducers = [
-        (GradientBuckets(group, axis, size, hosts or compression(train.compress, axis, train.compress_keep)), group)
-        for axis, group in groups.items()
-    ]
-    buckets = SeveralBuckets(reducers) if others else reducers[0][0]
-    return Parallel(run, mesh, layout, tuple(chunks), parameters, kept, buckets, device, routers, deferred, recorded)
+def _compile(chunks: list[GPT]) -> None:
+    for module, name in [part for chunk in chunks for block in chunk.layers.values() for part in of_one_shape(block)]:
+        setattr(module, name, torch.compile(getattr(module, name), fullgraph=True))
+    for moe in [moe for chunk in chunks for moe in mixtures(chunk)]:
+        moe.experts.passes = fused()
+    for norm in [chunk.norm for chunk in chunks if chunk.norm is not None]:  # else two float32 copies of x are kept
+        norm.forward = torch.compile(norm.forward, fullgraph=True)  # type: ignore[method-assign]
+    for chunk in chunks:  # fused, the float32 logits are never written
+        chunk.cross_entropy = torch.compile(chunk.cross_entropy, fullgraph=True)
 
 
 def _tie(chunks: list[GPT]) -> None:
@@ -270,14 +275,25 @@ def _tie(chunks: list[GPT]) -> None:
         head.weight = embed.get_parameter("weight")
 
 
+def _buckets(parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig) -> GradientBuckets | SeveralBuckets:
+    """Whole gradients, summed over all ranks that hold the same."""
+    size = train.bucket_mb * 2**20
+    others = _experts(parameters, mesh)
+    groups = by_axis(parameters.values(), lambda p: others.get(p, mesh["dp_cp"]))
+    hosts = Hierarchical(*mesh.halves("dp_cp", train.reduce_group)) if train.reduce_group else None
+    reducers = [
+        (GradientBuckets(group, axis, size, hosts or compression(train.compress, axis, train.compress_keep)), group)
+        for axis, group in groups.items()
+    ]
+    return SeveralBuckets(reducers) if others else reducers[0][0]
+
+
 def _sharded(
-    chunks: list[GPT],
-    parameters: dict[str, nn.Parameter],
-    mesh: Mesh,
-    train: TrainConfig,
-    rows: dict[nn.Parameter, int],
+    chunks: list[GPT], parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig, layout: Layout
 ) -> ShardedGradients | SeveralSharded | ShardedWeights:
-    """Cut over dp what `zero` says. Rows: of dim 0, that each dp rank owns."""
+    """Cut over dp what `zero` says."""
+    cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
+    rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
     axis, across = mesh.halves("dp", train.zero_group or mesh.shape.dp)
     copies = {axis: [each for each in (across, mesh["cp"]) if each.size > 1]}
     others = {}

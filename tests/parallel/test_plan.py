@@ -16,7 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from picotron_mini import calibrate as calibration
 from picotron_mini import planner
 from picotron_mini.calibrate import BOUNDS, MISSED, calibrate, fit, solve, with_bucket
-from picotron_mini.config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, UserError
+from picotron_mini.config import (
+    ConfigError,
+    MeshShape,
+    ModelConfig,
+    MoEConfig,
+    PlanConfig,
+    RunConfig,
+    TrainConfig,
+    UserError,
+)
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
 from picotron_mini.model.gpt import GPT, init_weights
@@ -184,9 +193,9 @@ def test_a_fit_that_misses_its_own_passes_is_refused(monkeypatch: pytest.MonkeyP
     run = RunConfig(model=MODEL, train=TRAIN)
     monkeypatch.setattr(planner, "calibrated", lambda run, ranks, anew: replace(H100, missed=0.4))
     with pytest.raises(UserError, match=r"miss a pass that they were made from by 40%, more than 25%.* --measure"):
-        planner.choose_machine(run, planner.Wish(), 1)
+        planner.choose_machine(run, PlanConfig(), 1)
     monkeypatch.setattr(planner, "calibrated", lambda run, ranks, anew: replace(H100, missed=0.2))
-    assert planner.choose_machine(run, planner.Wish(), 1).missed == 0.2
+    assert planner.choose_machine(run, PlanConfig(), 1).missed == 0.2
 
 
 @pytest.mark.slow
@@ -570,11 +579,11 @@ def test_a_machine_is_measured_without_what_several_ranks_have(monkeypatch: pyte
     train = replace(TRAIN, dispatch_parts=2, dispatch_payload="fp8", place_every=5)
     run = RunConfig(layout="dp=2,ep=2", model=replace(MODEL, moe=EXPERTS), train=train)
     gathered = replace(train, dispatch="allgather", dispatch_parts=1, dispatch_payload="same")
-    planner.choose_machine(replace(run, train=gathered), planner.Wish(), 2)
-    planner.choose_machine(run, planner.Wish(), 2)
+    planner.choose_machine(replace(run, train=gathered), PlanConfig(), 2)
+    planner.choose_machine(run, PlanConfig(), 2)
     with_bucket(replace(run, train=replace(train, bucket_mb=0)), gpus=0)
     grouped = replace(train, place_every=0, zero=1, zero_group=2)
-    planner.choose_machine(replace(run, layout="dp=4,ep=2", train=grouped), planner.Wish(), 2)
+    planner.choose_machine(replace(run, layout="dp=4,ep=2", train=grouped), PlanConfig(), 2)
     settings = {(each.dispatch, each.dispatch_payload, each.dispatch_parts) for each in asked}
     assert len(asked) == 4 and settings == {("alltoall", "same", 1)}
 
@@ -667,4 +676,4 @@ def test_a_search_does_not_pass_over_settings_that_no_layout_may_have(
 ) -> None:
     run = RunConfig(layout="auto", model=replace(MODEL, moe=moe), train=replace(TRAIN, **train))
     with pytest.raises(ConfigError, match=said):
-        planner.answer(run, planner.Wish(ranks=4, machine="h100"))
+        planner.answer(run, PlanConfig(ranks=4, machine="h100"))
