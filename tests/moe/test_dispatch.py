@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from watching import Shared, noting, watched
 
 from picotron_mini.collectives import ledger
 from picotron_mini.config import MeshShape, MoEConfig
@@ -236,38 +237,9 @@ def order_of_events(parts: int) -> list[str]:
     run, tokens, chosen, weights = case("everyone")
     mine = slice_of(run, slice(axis.index * 2, axis.index * 2 + 2))
     events: list[str] = []
-    real = exchange.all_to_all_async
-
-    class Noted:
-        def __init__(self, work) -> None:  # type: ignore[no-untyped-def]
-            self.work = work
-
-        def wait(self) -> None:
-            events.append("wait")
-            self.work.wait()
-
-    def noted(*args):  # type: ignore[no-untyped-def]
-        events.append("start")
-        return Noted(real(*args))
-
-    exchange.all_to_all_async = noted
-
-    class Shared(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            events.append("shared")
-            y = super().forward(x)
-            y.register_hook(lambda _: events.append("shared'"))
-            return y
-
-    def experts(rows: Tensor, counts: Tensor) -> Tensor:
-        events.append("experts")
-        out = mine(rows, counts)
-        out.register_hook(lambda _: events.append("experts'"))
-        return out
-
-    experts.gate, experts.passes = mine.gate, mine.passes  # type: ignore[attr-defined]
+    exchange.all_to_all_async = noting(exchange.all_to_all_async, "start", events)
     x, e, w = tokens[axis.index], chosen[axis.index], weights[axis.index]
-    y = ExpertDispatch(axis, E, parts)(x, e, w, experts, Shared(D, D, dtype=torch.float64))  # type: ignore[arg-type]
+    y = ExpertDispatch(axis, E, parts)(x, e, w, watched(mine, events), Shared(D, events))
     events.append("backward")
     y.sum().backward()
     return events

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Shared, noting, watched
 
 from picotron_mini import collectives
 from picotron_mini.collectives import ledger
@@ -381,42 +382,12 @@ def order_of_events(parts: int) -> list[str]:
     for name in ("all_gather_async", "reduce_scatter_async"):
         setattr(exchange, name, noting(getattr(exchange, name), name.split("_")[1], events))
 
-    class Noted(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            events.append("shared")
-            y = super().forward(x)
-            y.register_hook(lambda _: events.append("shared'"))
-            return y
-
-    def experts(rows: Tensor, counts: Tensor) -> Tensor:
-        events.append("experts")
-        out = mine(rows, counts)
-        out.register_hook(lambda _: events.append("experts'"))
-        return out
-
-    experts.gate, experts.passes = mine.gate, mine.passes  # type: ignore[attr-defined]
     x = torch.randn(N, D).double().requires_grad_()
-    given = x, chosen, torch.rand(N, K).double(), experts, Noted(D, D, dtype=torch.float64)
-    y = GatherDispatch(axis, E, parts)(*given)  # type: ignore[arg-type]
+    given = x, chosen, torch.rand(N, K).double(), watched(mine, events), Shared(D, events)
+    y = GatherDispatch(axis, E, parts)(*given)
     events.append("backward")
     y.sum().backward()
     return events
-
-
-def noting(real: Callable[..., Any], name: str, events: list[str]) -> Callable[..., Any]:
-    class Noted:
-        def __init__(self, work: Any) -> None:
-            self.work = work
-
-        def wait(self) -> None:
-            events.append("wait")
-            self.work.wait()
-
-    def noted(*args: Any) -> Any:
-        events.append(name)
-        return Noted(real(*args))
-
-    return noted
 
 
 def test_the_shared_expert_computes_while_tokens_travel_both_ways(ranks) -> None:
