@@ -3,10 +3,10 @@
 Written one after the other, each closed by an end token, the documents make one long stream. It is cut into
 rows of T + 1 tokens that overlap by one, so that every token but the very first is a target exactly once:
 
-    stream   a a a | b b b b b b | c c |        ("|" ends a document), T = 4
-    row 0    a a a | b                tokens a a a |     targets a a | b
-    row 1            b b b b b        tokens b b b b     targets b b b b
-    row 2                    b | c c |       b | c c             | c c |
+    stream   a a a | b b b b b | c c |        ("|" ends a document), T = 4
+    row 0    a a a | b                tokens  a a a |     targets  a a | b
+    row 1            b b b b b        tokens  b b b b     targets  b b b b
+    row 2                    b | c c |        b | c c              | c c |
 
 One document a row, padded to a multiple of T, would waste the end of each last row. With lengths n_i (end token
 included) the share of useful positions is
