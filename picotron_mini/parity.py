@@ -7,7 +7,7 @@ are not show up as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 from .config import AXES, RunConfig
 from .layout import Layout
 from .reference import Snapshot
+
+QUANTITIES = ("loss", "routing", "gradients", "gradient norm", "weights")  # as a step computes them
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,23 @@ def named(traffic: Mapping[tuple[str, str], int]) -> dict[str, int]:
 
 
 class Errors:
-    """Relative errors of each quantity: the worst, and all of them in the order in which they would spread."""
+    """Relative errors of each quantity: the worst, and all of them with their place in the order of computing.
+
+    That is step by step; in a step the loss, what routers count, gradients from the last parameter of the model to the
+    first, as a backward makes them, their norm, and the weights.
+    """
 
     def __init__(self) -> None:
         self.worst: dict[str, tuple[float, str]] = {}
-        self.seen: list[tuple[str, float, str]] = []
+        self.seen: list[tuple[tuple[int, int, int], str, float, str]] = []
 
-    def note(self, quantity: str, error: float, where: str) -> None:
-        self.seen.append((quantity, error, where))
+    def first(self, tolerance: Callable[[str], float]) -> str | None:
+        """Where an error is above its quantity's tolerance for the first time; None if nowhere."""
+        wrong = [(at, where) for at, quantity, error, where in self.seen if not error <= tolerance(quantity)]
+        return min(wrong, key=lambda each: each[0])[1] if wrong else None
+
+    def note(self, quantity: str, error: float, where: str, step: int = 0, place: int = 0) -> None:
+        self.seen.append(((step, QUANTITIES.index(quantity), place), quantity, error, where))
         if quantity not in self.worst or not error <= self.worst[quantity][0]:
             self.worst[quantity] = (error, where)
 
@@ -133,8 +144,9 @@ class Errors:
         for step in steps:
             got, want = snapshots[step], truth[step]
             where = f"step {step}, rank {rank}, {run.train.optimizer}"
-            self.note("loss", _relative(_scalar(got.loss), _scalar(want.loss)), where)
+            self.note("loss", _relative(_scalar(got.loss), _scalar(want.loss)), where, step)
             held = {name: place for name, place in layouts[step].items() if place.holds(index)}
+            behind = {name: number for number, name in enumerate(reversed(layouts[step]))}
             for quantity, mine, theirs in (
                 ("gradients", got.gradients, want.gradients),
                 ("weights", got.weights, want.weights),
@@ -143,18 +155,18 @@ class Errors:
                     continue
                 if quantity == "weights":
                     norms = _scalar(got.grad_norm), _scalar(want.grad_norm)
-                    self.note("gradient norm", _relative(*norms), where)
+                    self.note("gradient norm", _relative(*norms), where, step)
                 if set(mine) != set(held) & set(theirs):
                     odd = sorted(set(mine) ^ (set(held) & set(theirs)))
-                    self.note(quantity, float("inf"), f"{where}: present on one side only: {', '.join(odd)}")
+                    self.note(quantity, float("inf"), f"{where}: present on one side only: {', '.join(odd)}", step)
                 for name, place in held.items():
                     if name in mine and name in theirs:
                         part = place.part(theirs[name], index)
                         error = _relative(mine[name], part, theirs[name])
-                        self.note(quantity, error, f"{name}, {where}")
+                        self.note(quantity, error, f"{name}, {where}", step, behind[name])
             # a choice between experts is not continuous: with rounding, two that nearly tie change places
             for name in want.routing if run.train.dtype == "float64" else ():
-                self.note("routing", _relative(got.routing[name], want.routing[name]), f"{name}, {where}")
+                self.note("routing", _relative(got.routing[name], want.routing[name]), f"{name}, {where}", step)
 
 
 def _relative(got: Tensor, want: Tensor, whole: Tensor | None = None) -> float:

@@ -225,7 +225,7 @@ def _report(runs: Sequence[RunConfig], per_rank: Sequence[list[Any]]) -> Report:
             if getattr(run.train, name) != exact
         ),
     )
-    report.first_divergence = next((w for q, e, w in errors.seen if not e <= tolerance(q)), None)
+    report.first_divergence = errors.first(tolerance)
     for rank, results in enumerate(per_rank):
         for number, (_, counted, *_) in enumerate(results):
             mine = predicted[number][rank]

@@ -144,6 +144,30 @@ def two_layers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(torch.randn(shape, dtype=torch.float64) for shape in ((6, 4), (4, 6), (6, 3)))
 
 
+def through_plain_ones() -> dict[str, tuple[float, int]]:
+    """In a rank: the gradient that comes back through each plain collective, and how many warnings there were."""
+    axis, found = Mesh.build(MeshShape(tp=2))["tp"], {}
+    calls = {
+        "all_reduce": lambda x: collectives.all_reduce(x, axis),
+        "all_gather": lambda x: collectives.all_gather(x, axis, 0),
+        "reduce_scatter": lambda x: collectives.reduce_scatter(x, axis, 0),
+        "all_to_all": lambda x: collectives.all_to_all(x, axis),
+    }
+    for name, call in calls.items():
+        x = torch.ones(4, 2, dtype=torch.float64, requires_grad=True)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            (call(x).sum() + 0.0 * x.sum()).backward()
+        found[name] = x.grad.abs().max().item(), len(told)
+    return found
+
+
+def test_no_gradient_comes_through_a_plain_collective_and_torch_says_so(ranks) -> None:
+    """Not the identity by accident either: in a tensor-parallel layer that would be right, until it is compiled."""
+    for found in ranks(through_plain_ones, world_size=2):
+        assert found == dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter", "all_to_all"), (0.0, 1))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_of_the_pair_are_those_of_one_device(ranks, size: int) -> None:
     x, first, second = (t.requires_grad_() for t in two_layers())

@@ -11,7 +11,7 @@ import pytest
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.legality import layout_problems, resolve
 from picotron_mini.model.gpt import IGNORE
-from picotron_mini.parity import Difference, Report, table
+from picotron_mini.parity import Difference, Errors, Report, table
 from picotron_mini.verify import MODEL, TRAIN, make_batches, verify
 
 SHAPES = [
@@ -140,9 +140,22 @@ def test_a_mutant_is_caught_and_named() -> None:
     assert not report.ok
     assert report.max_rel_err > 0.1
     assert report.first_divergence is not None and report.first_divergence.startswith(
-        "embed.weight, step 0, rank 0, sgd"
+        "norm.weight, step 0, rank 0, sgd"
     )
     assert {d.quantity: d.error <= 1e-9 for d in report.differences}["gradients"] is False
+
+
+def test_what_is_computed_first_is_named_first() -> None:
+    """Of a wrong loss in a later step, and gradients and weights of this one: the last gradient of the model."""
+    errors = Errors()
+    errors.note("loss", 0.0, "loss, step 0", 0)
+    errors.note("weights", 1.0, "norm.weight after step 0", 0, 0)
+    errors.note("gradients", 1.0, "embed.weight", 0, 9)
+    errors.note("loss", 1.0, "loss, step 1", 1)
+    assert errors.first(lambda quantity: 1e-9) == "embed.weight"
+    errors.note("gradients", 1.0, "head.weight, another rank", 0, 0)
+    assert errors.first(lambda quantity: 1e-9) == "head.weight, another rank"
+    assert errors.first(lambda quantity: 1.0) is None
 
 
 def send_more() -> None:

@@ -69,7 +69,7 @@ def _same(x: Tensor, key: str) -> Tensor:
 
 
 def _reduced(x: Tensor, key: str, by: dist.ReduceOp.RedOpType) -> Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
+    out = x.detach().clone(memory_format=torch.contiguous_format)
     ledger.record(key, "all_reduce", out)
     dist.all_reduce(out, op=by, group=GROUPS[key])
     return out

@@ -4,7 +4,7 @@
     reduce_scatter   everyone gets its part of the sum    all_to_all       everyone gets its part of each
     broadcast        everyone gets one rank's             barrier          everyone has come
 
-They have no gradients: see `conjugate` for those.
+They have no gradients: see `conjugate` for those. A backward that reaches one gets nothing, and torch warns.
 """
 
 from __future__ import annotations

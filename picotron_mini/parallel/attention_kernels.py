@@ -12,9 +12,9 @@ So a block's backward needs its own keys, and of all the others nothing but `out
 arXiv 2307.08691). The fused kernels have both halves as operators; which one runs is chosen here and nowhere else:
 
     CPU                          _scaled_dot_product_flash_attention_for_cpu      float64 to bf16, masks
-    CUDA, bf16 or fp16           _scaled_dot_product_flash_attention              no mask
-                                 _scaled_dot_product_cudnn_attention              with a mask
-    CUDA, float32 and float64    products of this file: exact, and slow           a block's scores are written out
+    CUDA, bf16 or fp16 (and Dh   _scaled_dot_product_flash_attention              no mask
+    a multiple of 8)             _scaled_dot_product_cudnn_attention              with a mask
+    CUDA, all else               products of this file: exact, and slow           a block's scores are written out
 
 All take H query heads on Hkv key-value heads without repeating these. A key that a query may not see gets -1e30 added
 to its score, not -inf: a query that sees no key of a block then has lse = -1e30, and a weight of 0 in the merge.
