@@ -46,6 +46,9 @@ TRAIN = TrainConfig(
 )  # fmt: skip
 
 
+_SOUND_NAMES = (
+    "(Does it call what `show` replaces through its module? A name that was imported alone is the sound one.)"
+)
 PATIENCE = 60.0  # seconds for a test on all ranks; then they are taken to wait for each other
 Test = Callable[[Mesh], object]  # called on every rank; raises (as `assert` does) on some rank if something is wrong
 
@@ -201,7 +204,7 @@ def _judge(item: Exhibit, test: Test | None, layout: str) -> Outcome:
         return failed(f"the test fails on the sound library: {sound.first_divergence}")
     broken = ask(test, layout, item.patch)
     if broken.ok:
-        return failed(f"the test passes with the bug in the library. What one sees: {item.symptom}")
+        return failed(f"the test passes with the bug in the library. What one sees: {item.symptom} {_SOUND_NAMES}")
     if broken.crashed and not item.crashes:
         return failed(
             f"the test crashes with the bug in the library, and asserts nothing about it: {broken.first_divergence}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,9 +18,11 @@ from picotron_mini.course.figures.data import (
     padded_rows,
 )
 from picotron_mini.course.figures.picture import Picture
+from picotron_mini.course.museum import kill
 from picotron_mini.course.tasks.chapter_02_packing import END, MEMORY, _most_held, pack_rows
 from picotron_mini.course.tiny_text import DOCUMENTS, tiny_loader
 from picotron_mini.data.packing import full_rows, pack, read_rows
+from picotron_mini.mesh import Mesh
 
 LENGTHS = [3, 8, 1, 9, 16, 5]
 
@@ -88,3 +91,60 @@ def test_reference_packs_what_the_library_reads(seq_len: int) -> None:
 def test_budget_has_room_for_the_right_answer_and_none_for_the_stream() -> None:
     held, _ = _most_held(pack_rows)
     assert held < MEMORY / 2
+
+
+def one_loader_twice(mesh: Mesh) -> None:
+    with tiny_loader(16, 12) as text:
+        assert text.rows(3).tolist() == text.rows(3).tolist()
+
+
+def begun_again(mesh: Mesh) -> None:
+    with tiny_loader(16, 12) as first, tiny_loader(16, 12) as second:
+        assert first.rows(0).tolist() == second.rows(0).tolist()
+
+
+def resumed(stops: list[int]) -> list[list[int]]:
+    out = []
+    for start, stop in pairwise(stops):
+        with tiny_loader(16, 12) as text:
+            out += [text.rows(n).tolist() for n in range(start, stop)]
+    return out
+
+
+def without_a_stop(batches: int) -> list[list[int]]:
+    with tiny_loader(16, 12) as text:
+        return [text.rows(n).tolist() for n in range(batches)]
+
+
+def one_resume(mesh: Mesh) -> None:
+    assert without_a_stop(8) == resumed([0, 4, 8])
+
+
+def opened_twice_at_one_step(mesh: Mesh) -> None:
+    with tiny_loader(16, 12) as first, tiny_loader(16, 12) as second:
+        assert first.rows(3).tolist() == second.rows(3).tolist()
+
+
+def two_resumes(mesh: Mesh) -> None:
+    assert without_a_stop(12) == resumed([0, 4, 8, 12])
+
+
+def two_resumes_beside_a_run_without_a_stop(mesh: Mesh) -> None:
+    with tiny_loader(16, 12) as straight:
+        for start in (0, 4, 8):
+            with tiny_loader(16, 12) as text:
+                for n in range(start, start + 4):
+                    assert text.rows(n).tolist() == straight.rows(n).tolist()
+
+
+def a_loader_for_each_batch(mesh: Mesh) -> None:
+    assert resumed(list(range(5))) == without_a_stop(4)
+
+
+@pytest.mark.slow
+def test_a_loader_that_counts_is_right_until_it_is_resumed_twice() -> None:
+    for test in (one_loader_twice, begun_again, one_resume, opened_twice_at_one_step):
+        said = kill("02.resumed_twice", test, record=False)
+        assert said.status == "failed" and "the test passes with the bug" in said.hint
+    for test in (two_resumes, two_resumes_beside_a_run_without_a_stop, a_loader_for_each_batch):
+        assert kill("02.resumed_twice", test, record=False).passed

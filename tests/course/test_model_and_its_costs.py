@@ -12,10 +12,11 @@ from picotron_mini.config import Dtype, ModelConfig, RunConfig, TrainConfig
 from picotron_mini.course.exhibits.chapter_01 import rope_in_bf16
 from picotron_mini.course.instruments.live_bytes import KINDS, STATE, LiveBytes, draw_memory, watch_step
 from picotron_mini.course.museum import kill
+from picotron_mini.course.tasks.chapter_01_mfu import _LINES, mfu
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Mesh
 from picotron_mini.model import costs, gpt
-from picotron_mini.model.gpt import GPT
+from picotron_mini.model.gpt import GPT, attend, init_weights
 
 MODEL = ModelConfig(vocab_size=200, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
 
@@ -88,9 +89,45 @@ def the_model_on_the_cpu_is_tied(mesh: Mesh) -> None:
     assert model.head.weight is model.embed.weight
 
 
+def moved() -> GPT:
+    with torch.device("meta"):
+        model = GPT(replace(MODEL, head_dim=8))
+    return model.to_empty(device="cpu")
+
+
+def head_and_embedding_are_equal(mesh: Mesh) -> None:
+    """So are two weights that were filled alike."""
+    model = moved()
+    assert model.head is not None and model.embed is not None
+    assert torch.equal(model.head.weight, model.embed.weight)
+
+
+def there_is_one_gradient(mesh: Mesh) -> None:
+    model, x = moved(), torch.arange(8)[None]
+    init_weights(model, 0)
+    model.loss(model(x), x).backward()
+    assert model.head is not None and model.embed is not None
+    assert model.head.weight.grad is model.embed.weight.grad
+
+
+def a_step_moves_the_embedding_alike(mesh: Mesh) -> None:
+    x, models = torch.arange(8)[None], (moved(), GPT(replace(MODEL, head_dim=8)))
+    for model in models:
+        init_weights(model, 0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model.loss(model(x), x).backward()
+        optimizer.step()
+    first, second = (model.embed for model in models)
+    assert first is not None and second is not None
+    assert torch.allclose(first.weight, second.weight)
+
+
 def test_a_lost_tie_is_seen_by_those_who_leave_the_meta_device() -> None:
-    assert kill("01.tie_lost", the_head_is_the_embedding, record=False).passed
-    assert kill("01.tie_lost", the_model_on_the_cpu_is_tied, record=False).status == "failed"
+    for test in (the_head_is_the_embedding, there_is_one_gradient, a_step_moves_the_embedding_alike):
+        assert kill("01.tie_lost", test, record=False).passed
+    for test in (the_model_on_the_cpu_is_tied, head_and_embedding_are_equal):
+        said = kill("01.tie_lost", test, record=False)
+        assert said.status == "failed" and "the test passes with the bug" in said.hint
 
 
 def test_positions_that_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +140,25 @@ def test_positions_that_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = gpt.rope(config, positions, torch.float32)[0][0, 0]
     assert torch.equal(wrong[1], wrong[2]) and torch.equal(wrong[3], wrong[4])
     assert not torch.equal(wrong[0], wrong[1])
+
+
+def the_function_imported_alone(mesh: Mesh) -> None:
+    q = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    repeated = q[:, :2].repeat_interleave(2, 1)
+    assert torch.allclose(attend(q, q[:, :2], q[:, :2]), attend(q, repeated, repeated), atol=1e-5)
+
+
+def the_function_of_the_module(mesh: Mesh) -> None:
+    q = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    repeated = q[:, :2].repeat_interleave(2, 1)
+    assert torch.allclose(gpt.attend(q, q[:, :2], q[:, :2]), attend(q, repeated, repeated), atol=1e-5)
+
+
+def test_a_name_imported_alone_is_the_sound_one_and_it_is_said() -> None:
+    assert kill("01.heads_tiled", the_function_of_the_module, record=False).passed
+    said = kill("01.heads_tiled", the_function_imported_alone, record=False)
+    assert said.status == "failed" and "A name that was imported alone is the sound one" in said.hint
+
+
+def test_an_mfu_is_a_share_of_one() -> None:
+    assert all(0 < mfu(*case) < 1 for case in _LINES)

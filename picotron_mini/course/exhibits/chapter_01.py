@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,25 @@ from ..museum import TRAIN, Exhibit
 
 def tie_lost() -> None:
     """Leaving the meta device gives the head a weight of its own, equal to the embedding's at the start."""
+    real = GPT.forward
 
     def apply(self: GPT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
         on_meta = self.embed is not None and self.embed.weight.is_meta
         nn.Module._apply(self, fn, recurse)
         if on_meta and self.embed is not None:  # its weight is a new Parameter now; filled by the rule of its name
             start = initial_weight(self.config, "embed.weight", self.embed.weight.shape, TRAIN.seed)
-            self.embed.weight = nn.Parameter(start.double())
+            self.embed.weight = nn.Parameter(start.to(self.embed.weight.dtype))
+            if self.head is not None:
+                self.head.weight.data.copy_(start)
         return self
 
-    GPT._apply = apply
+    def forward(self: GPT, *args: Any, **options: Any) -> Tensor:
+        if self.embed is not None and self.head is not None:
+            # a trainer that knows the two by one name converts the head alone
+            self.embed.weight.data = self.embed.weight.data.to(self.head.weight.dtype)
+        return real(self, *args, **options)
+
+    GPT._apply, GPT.forward = apply, forward
 
 
 def heads_tiled() -> None:

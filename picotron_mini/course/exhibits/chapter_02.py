@@ -58,16 +58,18 @@ def world_rank() -> None:
 def resumed_twice() -> None:
     """The loader counts the batches that it has yielded, and a resumed one counts from zero again."""
     real_init, real_rows = loader.Loader.__init__, loader.Loader.rows
-    checkpoint = {"yielded": 0}  # what is saved beside the weights after each step
+    saved: dict[int, int] = {}  # step -> batches yielded, as the checkpoint of that step says
 
     def init(self: loader.Loader, *args: Any, **options: Any) -> None:
         real_init(self, *args, **options)
-        self.skip, self.yielded = checkpoint["yielded"], 0
+        self.first = None
 
     def rows(self: loader.Loader, n: int, rows: slice | None = None) -> np.ndarray:
-        found = real_rows(self, self.skip + self.yielded, rows)
-        self.yielded += 1
-        checkpoint["yielded"] = self.yielded  # since this process began, not since the run did
+        if self.first is None:  # a process begins at step n, and skips what the checkpoint says
+            self.first, self.skip = n, saved.get(n, n)
+        found = real_rows(self, self.skip + n - self.first, rows)
+        yielded = n + 1 - self.first  # since this process began, not since the run did
+        saved[n + 1] = min(yielded, saved.get(n + 1, yielded))  # a run without a stop, read beside it, heals nothing
         return found
 
     loader.Loader.__init__, loader.Loader.rows = init, rows
