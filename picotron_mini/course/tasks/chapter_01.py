@@ -60,6 +60,10 @@ def parameters(config: ModelConfig) -> int:
     return tables + config.num_layers * layer + width
 
 
+def _attention(config: ModelConfig) -> int:
+    return 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+
+
 _PARAMETERS: Wrong = {
     "tied twice": (
         lambda c: parameters(replace(c, tie_embeddings=False)),
@@ -77,6 +81,10 @@ _PARAMETERS: Wrong = {
         lambda c: parameters(replace(c, head_dim=c.hidden_size // c.num_heads)),
         "head_dim is a setting of its own; hidden_size // num_heads is only its usual value",
     ),
+    "square": (
+        lambda c: parameters(c) + c.num_layers * (4 * c.hidden_size**2 - _attention(c)),
+        "4 D^2 is attention's only where H Dh = D and no keys are shared: q and o are [H Dh, D], k and v [Hkv Dh, D]",
+    ),
     "two matrices": (
         lambda c: parameters(c) - c.num_layers * c.hidden_size * c.intermediate_size,
         "SwiGLU has three matrices: gate, up and down",
@@ -84,6 +92,10 @@ _PARAMETERS: Wrong = {
     "no norms": (
         lambda c: parameters(c) - (2 * c.num_layers + 1) * c.hidden_size,
         "each norm has a weight of D numbers: two a layer, and one at the end",
+    ),
+    "one norm a layer": (
+        lambda c: parameters(c) - c.num_layers * c.hidden_size,
+        "each layer has two norms, one before attention and one before the MLP",
     ),
     "no last norm": (
         lambda c: parameters(c) - c.hidden_size,
@@ -145,9 +157,29 @@ _FLOPS: Wrong = {
         lambda c, t: attention_flops(c, t) - _pairs(c, t) // 2,
         "half of the pairs are missing: masked scores count here, and there are two products, q kT and p v",
     ),
+    "halved exactly": (
+        lambda c, t: attention_flops(c, t) - _pairs(c, t) + _pairs(c, t) * (t + 1) // (2 * t),
+        "T (T + 1) / 2 pairs are those that the mask leaves; masked scores count here",
+    ),
     "linear in the tokens": (
         lambda c, t: attention_flops(c, t) - _pairs(c, t) + _pairs(c, t) // t,
         "every token looks at all T tokens, so the products of pairs grow with T squared",
+    ),
+    "of one token": (
+        lambda c, t: attention_flops(c, t) // t,
+        "these are the flops of one token; a whole sequence is asked for",
+    ),
+    "width, not heads": (
+        lambda c, t: attention_flops(c, t) - _pairs(c, t) + 4 * t * t * c.hidden_size,
+        "the scores multiply H Dh numbers for each pair, and that is D only where head_dim is D / H",
+    ),
+    "all layers": (
+        lambda c, t: c.num_layers * attention_flops(c, t),
+        "these are the flops of all layers; one attention module is asked for",
+    ),
+    "no o": (
+        lambda c, t: attention_flops(c, t) - 2 * t * c.hidden_size * c.num_heads * c.head_dim,
+        "the last projection is missing: o turns H Dh numbers into D, for each token",
     ),
 }
 

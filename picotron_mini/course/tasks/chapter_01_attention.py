@@ -83,6 +83,25 @@ def _scaled_by_width(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _wrong_scale(q, k, v, (q.shape[1] * q.shape[-1]) ** -0.5)
 
 
+def _double(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q /= math.sqrt(q.shape[-1])
+    return grouped_attention(q, k, v)
+
+
+def _scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q /= math.sqrt(q.shape[-1])
+    return _wrong_scale(q, k, v)
+
+
+def _emptied(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    v.zero_()
+    return torch.zeros_like(q)
+
+
+def _float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return grouped_attention(q.float(), k.float(), v.float())
+
+
 def _upper_left(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group = q.shape[1] // k.shape[1]
     return _plain(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), q.shape[-1] ** -0.5, 0)
@@ -97,6 +116,8 @@ _COPIES = (
     "the result is right, and the keys were copied for the query heads that share them; the budget is one k. "
     "(A product that broadcasts over heads copies too: @ expands both sides.) Let the queries of a group be more rows"
 )
+_CHANGED = "q, k or v was changed in place: the caller still needs it"
+_NARROW = "it is computed in a narrower dtype than that of q, which is float64 here: convert nothing"
 _ATTENTIONS: dict[str, tuple[Answer, str]] = {
     "tiled": (
         _tiled,
@@ -136,15 +157,21 @@ def _run_attention(answer: Answer) -> str | None:
         return torch.randn(2, heads, tokens, 64, generator=generator, dtype=torch.float64)
 
     q, k, v = draw(8, 2), draw(2, 48), draw(2, 48)
+    want, given = attend(q, k, v), (q.clone(), k.clone(), v.clone())  # before the answer can change them
     with _Made((q, k, v)) as made:
         got = answer(q, k, v)
+    if not all(torch.equal(now, before) for now, before in zip((q, k, v), given, strict=True)):
+        return _CHANGED
     if not isinstance(got, Tensor) or got.shape != q.shape:
         return f"the result must have the shape of q, {list(q.shape)}"
-    if not torch.allclose(got, attend(q, k, v), rtol=1e-9, atol=1e-12):
+    error = (got.double() - want).abs().max()
+    if got.dtype != q.dtype or 1e-9 < error < 1e-5:
+        return _NARROW
+    if not torch.allclose(got, want, rtol=1e-9, atol=1e-12):
         for wrong, hint in _ATTENTIONS.values():
             if torch.allclose(got, wrong(q, k, v), rtol=1e-9, atol=1e-12):
                 return hint
-        return f"the result differs from the library's attention by up to {(got - attend(q, k, v)).abs().max():.3f}"
+        return f"the result differs from the library's attention by up to {error:.1e}"
     return None if made.bytes <= k.nbytes else _COPIES
 
 
@@ -158,6 +185,11 @@ EXERCISES = [
         reference=grouped_attention,
         mistakes=(
             *(Mistake(name, wrong, hint) for name, (wrong, hint) in _ATTENTIONS.items()),
+            Mistake("scaled in place, and again", _double, _CHANGED),
+            Mistake("scaled in place", _scaled_in_place, _CHANGED),
+            Mistake("emptied", _emptied, _CHANGED),
+            Mistake("float32", _float32, _NARROW),
+            Mistake("float32, widened again", lambda q, k, v: _float32(q, k, v).double(), _NARROW),
             Mistake("repeated", _repeated, _COPIES),
             Mistake("broadcast", _broadcast, _COPIES),
         ),

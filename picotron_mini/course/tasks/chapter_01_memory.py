@@ -61,6 +61,18 @@ _FITS: dict[str, tuple[Answer, str]] = {
         _with(lambda c: _state(c) - costs.state_bytes(c, 2)["masters"], _token),
         "bf16 weights are copies of float32 masters: 4 bytes a parameter more",
     ),
+    "sixteen bytes": (
+        _with(lambda c: 16 * costs.parameters(c), _token),
+        "16 bytes a parameter have the gradients in bf16; here they are summed in float32, which makes 18",
+    ),
+    "costs of float32": (
+        _with(lambda c: sum(costs.state_bytes(c).values()), lambda c: costs.activation_bytes(c) + 8 * c.vocab_size),
+        "that is training in float32: the functions of `costs` take the bytes a number, which are 2 in bf16",
+    ),
+    "AdamW on top": (
+        _with(lambda c: _state(c) + 4 * costs.parameters(c), _token),
+        "AdamW's 4 bytes a weight come when the activations are gone: the higher of the two moments counts, not both",
+    ),
     "end of the forward": (
         _with(_state, lambda c: costs.activation_bytes(c, 2)),
         "that is what lives when the forward ends; a moment later backward makes the gradient of the "
@@ -88,8 +100,8 @@ _SEQ_LEN = 16
 
 
 def _cases() -> list[tuple[ModelConfig, int, int]]:
-    """Memory for 12.3 and 9.8 sequences: a flag or a counter more does not decide."""
-    sizes = zip(_CONFIGS, (12.3, 9.8), strict=True)
+    """Memory for 12.3, 9.8 and 6.34 sequences: a flag or a counter more does not decide, and no two mistakes agree."""
+    sizes = zip((*_CONFIGS, _CONFIGS[1]), (12.3, 9.8, 6.34), strict=True)
     return [(c, _SEQ_LEN, int(_state(c) + sequences * _SEQ_LEN * _token(c))) for c, sequences in sizes]
 
 

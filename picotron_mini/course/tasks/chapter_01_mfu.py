@@ -43,6 +43,10 @@ def _attention_share(config: ModelConfig, seq_len: int) -> float:
     return pairs / (6 * parameters(config) + pairs)
 
 
+def _width_over_heads(config: ModelConfig) -> float:
+    return config.hidden_size / (config.num_heads * config.head_dim)
+
+
 _MFU: Wrong = {
     "all GPUs": (
         _mfu_with(lambda c, t, line, sheet: line["gpus"]),
@@ -68,12 +72,20 @@ _MFU: Wrong = {
         _mfu_with(lambda c, t, line, sheet: 1 - _attention_share(c, t) / 2),
         "attention was halved for the mask: that is another convention than the one asked for",
     ),
+    "width, not heads": (
+        _mfu_with(lambda c, t, line, sheet: 1 + _attention_share(c, t) * (_width_over_heads(c) - 1)),
+        "12 L D T holds only where H Dh = D: head_dim is a setting of its own",
+    ),
+    "padding added": (
+        _mfu_with(lambda c, t, line, sheet: (1 - line["padding"]) ** -2),
+        "divided by 1 - padding, the tokens grow: those that are padding are to be taken away",
+    ),
     "percent": (
         _mfu_with(lambda c, t, line, sheet: 100.0),
         "a share is asked for, not percent",
     ),
 }
-_SHEET = {"dense": 1e9, "sparse": 2e9}
+_SHEET = {"dense": 1e10, "sparse": 2e10}
 _LINES = [
     (CONFIGS[0], 64, {"tokens_per_second": 16_000.0, "gpus": 8, "padding": 0.25, "recompute": True}, _SHEET),
     (CONFIGS[2], 512, {"tokens_per_second": 9_000.0, "gpus": 4, "padding": 0.1, "recompute": False}, _SHEET),

@@ -62,6 +62,10 @@ _UNITS: Hinted = {
         lambda perplexity, tokens, text: tokens * perplexity / len(text.encode()),
         "perplexity is an exponential: costs add up only as its logarithm",
     ),
+    "number of tokens forgotten": (
+        lambda perplexity, tokens, text: math.log2(perplexity) / len(text.encode()),
+        "these are the bits of one token over the bytes of the whole text: multiply by the number of tokens",
+    ),
     "ratio upside down": (
         lambda perplexity, tokens, text: len(text.encode()) * math.log2(perplexity) / tokens,
         "that multiplies by bytes a token, where it should divide by them",
@@ -82,7 +86,8 @@ def _run_bits_per_byte(answer: Answer) -> str | None:
         for wrong, hint in _UNITS.values():
             if math.isclose(got, wrong(*case), rel_tol=1e-9):
                 return hint
-        return f"with perplexity {case[0]:g} and {case[1]} tokens for {len(text.encode())} bytes it is {right:.4f}"
+        sizes = f"{case[1]} tokens for {len(text.encode())} bytes"
+        return f"with perplexity {case[0]:g} and {sizes} it is {right:.4f}, not {got:.6g}"
     return None
 
 

@@ -85,6 +85,32 @@ def _cut(documents: Iterator[np.ndarray], end: int, seq_len: int) -> Iterator[np
             held = held[:0]
 
 
+def _tails_dropped(documents: Iterator[np.ndarray], end: int, seq_len: int) -> Iterator[np.ndarray]:
+    for document in documents:
+        yield from _windows(np.append(document, np.array([end], dtype=np.uint16)), seq_len, seq_len)
+
+
+def _last_filled(documents: Iterator[np.ndarray], end: int, seq_len: int) -> Iterator[np.ndarray]:
+    stream = pack(documents, end, np.uint16)
+    yield from _windows(np.pad(stream, (0, -(len(stream) - 1) % seq_len)), seq_len, seq_len)
+
+
+def _exact_lost(documents: Iterator[np.ndarray], end: int, seq_len: int) -> Iterator[np.ndarray]:
+    held = np.empty(0, dtype=np.uint16)
+    for document in documents:
+        held = np.concatenate([held, document, np.array([end], dtype=np.uint16)])
+        while len(held) > seq_len + 1:
+            yield held[: seq_len + 1]
+            held = held[seq_len:]
+
+
+def _one_array(documents: Iterator[np.ndarray], end: int, seq_len: int) -> Iterator[np.ndarray]:
+    row = np.empty(seq_len + 1, dtype=np.uint16)
+    for each in pack_rows(documents, end, seq_len):
+        row[:] = each
+        yield row
+
+
 _MEMORY = (
     f"right, but not within the budget: more than {MEMORY // 1024} KiB were held at once for a text of 2 MB. Hand out "
     "a row as soon as it is full, and keep only what is left over"
@@ -95,6 +121,10 @@ _OVERLAP = (
 )
 _PADDED = "rows are filled up with padding: the end of one document and the beginning of the next belong in one row"
 _UNCLOSED = "documents run into each other: each must be closed by the end token"
+_DROPPED = "documents do not meet in a row: the tail of each is dropped, and it should begin the next row"
+_FILLED = "the last row is filled up with padding: the tail that fills no row is to be left out"
+_EXACT = "a stream that fills its last row exactly loses it"
+_OVERWRITTEN = "a row is overwritten after it was handed out: who keeps two of them has one twice. Yield a copy"
 _LOST = "what is left of a document when a row is full is thrown away; it begins the next row"
 
 
@@ -105,19 +135,43 @@ def _text(documents: int, longest: int) -> Iterator[np.ndarray]:
         yield generator.integers(97, 123, generator.integers(1, longest + 1), dtype=np.uint16)
 
 
+def _cases() -> list[tuple[list[np.ndarray], int]]:
+    """Texts and row lengths; the last text fills its three rows exactly."""
+    exact = [np.arange(97, 97 + n, dtype=np.uint16) for n in (4, 3, 3)]
+    return [(list(_text(20, 12)), 8), (list(_text(6, 60)), 16), (exact, 4)]
+
+
 def _rows(answer: Answer, documents: Iterable[np.ndarray], seq_len: int) -> list[list[int]]:
+    """The rows as they are when all are there."""
+    return [[int(i) for i in row] for row in list(answer(iter(documents), END, seq_len))]
+
+
+def _rows_one_by_one(answer: Answer, documents: Iterable[np.ndarray], seq_len: int) -> list[list[int]]:
     return [[int(i) for i in row] for row in answer(iter(documents), END, seq_len)]
 
 
+_WRONG = (
+    (_without_overlap, _OVERLAP),
+    (_without_end, _UNCLOSED),
+    (_padded, _PADDED),
+    (_cut, _LOST),
+    (_tails_dropped, _DROPPED),
+    (_exact_lost, _EXACT),
+)
+
+
 def _run_pack(answer: Answer) -> str | None:
-    for documents, longest, seq_len in ((20, 12, 8), (6, 60, 16)):
-        text = list(_text(documents, longest))
+    for text, seq_len in _cases():
         got, want = _rows(answer, text, seq_len), _rows(pack_rows, text, seq_len)
         if got == want:
             continue
-        for wrong, hint in ((_without_overlap, _OVERLAP), (_without_end, _UNCLOSED), (_padded, _PADDED), (_cut, _LOST)):
+        for wrong, hint in _WRONG:
             if got == _rows(wrong, text, seq_len):
                 return hint
+        if _rows_one_by_one(answer, text, seq_len) == want:
+            return _OVERWRITTEN
+        if got[:-1] == want and len(got[-1]) == seq_len + 1:
+            return _FILLED  # whatever it is filled with
         if any(len(row) != seq_len + 1 for row in got):
             return f"a row must have seq_len + 1 = {seq_len + 1} tokens"
         at = next(
@@ -163,6 +217,10 @@ EXERCISES = [
             Mistake("padded", _padded, _PADDED),
             Mistake("not closed", _without_end, _UNCLOSED),
             Mistake("cut off", _cut, _LOST),
+            Mistake("tails dropped", _tails_dropped, _DROPPED),
+            Mistake("last row filled", _last_filled, _FILLED),
+            Mistake("exact fit lost", _exact_lost, _EXACT),
+            Mistake("one array for all rows", _one_array, _OVERWRITTEN),
         ),
         run=_run_pack,
     ),
