@@ -63,7 +63,7 @@ from picotron_mini.training.optimizer import make_optimizer
 from picotron_mini.training.step import train_step
 
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
-FOLDER = Path(tempfile.mkdtemp(prefix="picotron-"))  # for texts and tokens; removed in the last cell
+FOLDER = Path(tempfile.mkdtemp(prefix="picotron-"))  # for tokens; removed in the last cell
 
 # %% [markdown]
 # ## The problem, and its price
@@ -125,8 +125,8 @@ print("same digest after one more full stop:", changed.sha256 == corpus.sha256)
 assert load_corpus().sha256 == corpus.sha256 != changed.sha256
 
 # %% [markdown]
-# (A digest says *that* two texts differ. It is also the key of the folder in which the token ids are kept, so a changed
-# file is tokenised anew and a flipped bit on disk is found.)
+# (A digest says *that* two texts differ. It is also part of the key of the folder in which the token ids are kept, so a
+# changed file is tokenised anew. Each file of that folder has a digest of its own, by which a flipped bit is found.)
 #
 # ## Bytes or pieces
 #
@@ -140,7 +140,8 @@ assert by_byte.decode(by_byte.encode("naïve")) == "naïve"
 
 # %% [markdown]
 # Bytes make long sequences. Byte-pair encoding finds the pair of neighbours that occurs most often, gives it an id of
-# its own, replaces it everywhere, and repeats. Here it may do so until there are 300 ids.
+# its own, replaces it everywhere, and repeats. Here it may do so until there are 300 ids. The text is cut into words
+# first, each with the blank before it, and no pair crosses the end of a word.
 
 # %%
 by_piece = train_bpe(NOTES, 300)
@@ -180,6 +181,7 @@ assert unigram(by_byte)[0] < unigram(by_piece)[0] and unigram(by_byte)[1] > unig
 
 # %% [markdown]
 # By the token bytes look better, by the byte pieces do, and the second is the truth: the same text costs fewer bits.
+# (Why do bytes cost 4.4 bits a token and 4.5 a byte? The 12 end tokens cost bits too, and stand for no byte.)
 # Perplexity, $e^{\text{loss}}$, is per token too and has the same flaw.
 #
 # Is that so on real text that was held out? `prepare` reads, splits, tokenises and stores; then a bigram model, which
@@ -349,10 +351,12 @@ assert len(inside) > len(held) / 2
 
 # %% [markdown]
 # The model is trained on what stands before and on what stands after, mostly of the same document, and is asked about
-# the gap. On the standard library a bigram model looks 0.06 bits a byte better this way than it is
+# the gap. On the standard library a bigram model looks 0.06 ± 0.03 bits a byte better this way than it is
 # ([measured](../summary/02_data_pipeline.md) over five seeds). So the split is made before anything is cut, by
-# document, and copies of a document are dropped first. Documents are held out in the order of a digest of each text,
-# until there are enough: add a file tomorrow, and none of the others overtakes another.
+# document, and copies of a document are dropped first. Documents are held out in the order of a digest of seed and
+# text, until there are enough: add a file tomorrow, and none of the others overtakes another. But the border between
+# the two parts lies where the share is reached, and moves when the text grows: add none to a run that goes on. And
+# since the seed is the run's `--seed`, runs with other seeds have other validation sets.
 
 # %%
 small = Corpus(tuple(f"note {n}" for n in range(len(NOTES))), tuple(NOTES), "twelve notes")
@@ -471,22 +475,23 @@ assert train_with_restarts([4, 8]) == list(range(12)) != train_with_restarts([4,
 #
 # $$e = \left\lfloor (nG + i) / N \right\rfloor$$
 #
-# The number of the step is in every checkpoint anyway, so the loader has nothing to save, and there is nothing to
-# restore wrongly. To resume at step 8 is to ask for batch 8. This is all:
+# A checkpoint has the number of the step anyway, so the loader has nothing to save, and there is nothing to restore
+# wrongly. To resume at step 8 is to ask for batch 8. (The training of this library does not resume yet; its loader
+# could.) This is all:
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(Loader.rows))
 print(inspect.getsource(Loader.batch))
 
+
 # %%
-(FOLDER / "notes").mkdir()
-for n, note in enumerate(NOTES):
-    (FOLDER / "notes" / f"{n:02}.txt").write_text(note, encoding="utf-8")
-prepared = prepare(DataConfig(text=(str(FOLDER / "notes"),), val_fraction=0.1), seed=0, cache_dir=FOLDER / "cache")
-
-
 def open_loader() -> Loader:
-    return Loader(prepared, "train", seq_len=16, batch_size=8, seed=0)
+    """A loader of the notes, as a new process has it. Its files are mapped, so they may be removed at once."""
+    with tempfile.TemporaryDirectory(prefix="picotron-") as folder:
+        for n, note in enumerate(NOTES):
+            Path(folder, f"{n:02}.txt").write_text(note, encoding="utf-8")
+        data = DataConfig(text=(folder,), val_fraction=0.1)
+        return Loader(prepare(data, seed=0, cache_dir=Path(folder, "cache")), "train", seq_len=16, batch_size=8, seed=0)
 
 
 straight = [open_loader().rows(n).tolist() for n in range(12)]
@@ -533,7 +538,7 @@ def losses(layout: str, by_rank: bool) -> list[float]:
             if by_rank:
                 share = text.num_rows // dp.size
                 mine = dp.index * share + row_order(0, 0, share)[n * 8 // dp.size : (n + 1) * 8 // dp.size]
-                parts = [read_rows(text.stream, r, 16, prepared.end) for r in np.split(mine, 2)]
+                parts = [read_rows(text.stream, r, 16, by_byte.end) for r in np.split(mine, 2)]
             else:
                 parts = [text.batch(n, data_rows(8, dp.size, dp.index, 2, k)) for k in range(2)]
         assert not sent  # the ranks find their rows without a word to each other
@@ -637,8 +642,9 @@ picture(
 
 # %% [markdown]
 # Reading is far above the line, on one core, without workers and without prefetching. So the library has neither.
-# Tokenising on the fly is near the line, and below it when the cores have other work, as the host of eight GPUs has.
-# Done once and kept, it costs nothing. [The write-up](../summary/02_data_pipeline.md) has the numbers.
+# Tokenising on the fly is near the line: above it where the cores are free, and below it when they have other work, as
+# the host of eight GPUs has ([the write-up](../summary/02_data_pipeline.md) has a run with less than a third of it).
+# Done once and kept, it costs nothing.
 #
 # What would change the answer? Decoding images, or reading rows at random from storage across a network, where each
 # fetch has a latency: then workers that read ahead are worth their trouble.
@@ -724,8 +730,8 @@ for divide in (False, True):
 #
 # ## Exercises
 #
-# Fill in a body and run the cell. The check runs your function and answers with one line; if it fails, the line names
-# the misconception. `solution("02.pack_rows")` (from `picotron_mini.course.exercises`) prints an answer, and
+# Fill in a body and run the cell. The check runs your function and answers with one line; if it fails, the line often
+# names the misconception. `solution("02.pack_rows")` (from `picotron_mini.course.exercises`) prints an answer, and
 # `picotron-mini progress` lists what you have done.
 #
 # **1. Perplexity to bits per byte.** A run reports its perplexity over `tokens` tokens, which stand for `text`. Make a
@@ -797,8 +803,9 @@ assert ask(each_batch_once_over_two_resumes, "dp=1").ok
 # %% [markdown]
 # Would *your* test notice? Write one: a function of the mesh that opens loaders (`open_loader()` gives one, as a new
 # process would) and asserts something. It must pass on the sound library and fail with the bug in it. (For other
-# exhibits, import the module and call `loader.data_rows(...)`: a bug is planted in the module, and a name that was
-# imported alone is the sound one.)
+# exhibits, import the module and call `loader.data_rows(...)`: a bug is planted in the module that `show` names, and a
+# name that was imported alone is the sound one. So is the same function in another module: `02.documents_of_targets`
+# replaces `loader.read_rows`, and `packing.read_rows` stays as it is.)
 
 
 # %%
@@ -843,4 +850,4 @@ kill("02.resumed_twice", my_test)
 # %%
 import shutil
 
-shutil.rmtree(FOLDER)
+shutil.rmtree(FOLDER)  # the exercises do not need it

@@ -31,7 +31,11 @@ CONFIGS = [
 def _short(config: ModelConfig) -> str:
     sizes = {"V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size, "L": config.num_layers}
     sizes |= {"H": config.num_heads, "Hkv": config.num_kv_heads, "Dh": config.head_dim}
-    return ", ".join(f"{name}={size}" for name, size in sizes.items()) + ", tied" * config.tie_embeddings
+    return (
+        ", ".join(f"{name}={size}" for name, size in sizes.items())
+        + ", tied" * config.tie_embeddings
+        + ", qk_norm" * config.qk_norm
+    )
 
 
 def _first_hint(got: Any, wrong: Wrong, cases: list[tuple[Any, ...]]) -> str | None:
@@ -46,7 +50,7 @@ def parameters_stub(config: ModelConfig) -> int:
 
     Args:
         config: `vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim` and
-            `tie_embeddings`; the queries and keys have no norm of their own.
+            `tie_embeddings`; with `qk_norm` queries and keys have a norm each, whose weight all heads share.
     """
     raise NotAttempted
 
@@ -55,7 +59,8 @@ def parameters(config: ModelConfig) -> int:
     """Tables, layers and the last norm."""
     width, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
     attention = width * config.head_dim * (2 * heads + 2 * kv_heads)  # q and o, k and v
-    layer = attention + 3 * width * config.intermediate_size + 2 * width
+    norms = 2 * width + (2 * config.head_dim if config.qk_norm else 0)
+    layer = attention + 3 * width * config.intermediate_size + norms
     tables = config.vocab_size * width * (1 if config.tie_embeddings else 2)
     return tables + config.num_layers * layer + width
 
@@ -90,8 +95,16 @@ _PARAMETERS: Wrong = {
         "SwiGLU has three matrices: gate, up and down",
     ),
     "no norms": (
-        lambda c: parameters(c) - (2 * c.num_layers + 1) * c.hidden_size,
+        lambda c: parameters(replace(c, qk_norm=False)) - (2 * c.num_layers + 1) * c.hidden_size,
         "each norm has a weight of D numbers: two a layer, and one at the end",
+    ),
+    "no norms of queries and keys": (
+        lambda c: parameters(replace(c, qk_norm=False)),
+        "with qk_norm a layer has two norms more, of queries and of keys, with Dh weights each",
+    ),
+    "a norm for each head": (
+        lambda c: parameters(c) + c.num_layers * c.head_dim * (c.num_heads + c.num_kv_heads - 2) * c.qk_norm,
+        "all heads of a layer share the weight of the queries' norm, and that of the keys': Dh numbers each",
     ),
     "one norm a layer": (
         lambda c: parameters(c) - c.num_layers * c.hidden_size,
@@ -105,16 +118,17 @@ _PARAMETERS: Wrong = {
 
 
 def _run_parameters(answer: Answer) -> str | None:
-    got = [answer(config) for config in CONFIGS]
+    configs = [*CONFIGS[:-1], replace(CONFIGS[-1], qk_norm=True)]
+    got = [answer(config) for config in configs]
     with torch.device("meta"):
-        models = [GPT(config) for config in CONFIGS]
+        models = [GPT(config) for config in configs]
     counted = [sum(p.numel() for p in model.parameters()) for model in models]
     if got == counted:
         return None
-    if hint := _first_hint(got, _PARAMETERS, [(config,) for config in CONFIGS]):
+    if hint := _first_hint(got, _PARAMETERS, [(config,) for config in configs]):
         return hint
     at = next(i for i in range(len(got)) if got[i] != counted[i])
-    return f"{_short(CONFIGS[at])} has {counted[at]:,} parameters, not {got[at]}"
+    return f"{_short(configs[at])} has {counted[at]:,} parameters, not {got[at]}"
 
 
 # --- 2: flops ---------------------------------------------------------------------------------------------
