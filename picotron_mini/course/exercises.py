@@ -15,6 +15,7 @@ import dis
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
@@ -161,5 +162,17 @@ def one_line(error: Exception) -> str:
     first, *rest = str(error).splitlines()[1:]  # the line before says which rank of how many
     if first.startswith("no end after"):
         return f"{first.split('. ')[0]}: the ranks wait for each other. Does each of them make the same calls in order?"
+    killed = re.search(r"killed by (SIG[A-Z]+)", first)
+    if killed:  # what follows is a dump of where Python was; an abort in C++ has told its reason before it
+        why = next((line.split("what():")[1].strip() for line in rest if "what():" in line), "")
+        return f"rank {error.rank} was killed by {killed[1]}{_told(why)}"
     said = [line for line in rest if line and not line[0].isspace()] or [first]
     return f"on rank {error.rank}: {said[-1]}"
+
+
+def _told(why: str) -> str:
+    if "data size" in why:  # gloo, of two ranks that hand over tensors of different sizes
+        return (
+            ": it received another number of bytes than it waited for. Did the ranks send tensors of different sizes?"
+        )
+    return f": {why}" if why else ""

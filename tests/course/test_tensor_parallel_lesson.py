@@ -9,10 +9,11 @@ import torch
 
 from picotron_mini import collectives
 from picotron_mini.config import MeshShape, ModelConfig
-from picotron_mini.course.exercises import exercise, judge
+from picotron_mini.course.exercises import exercise, judge, one_line
 from picotron_mini.course.figures.picture import Picture
 from picotron_mini.course.figures.tensor import draw_heads, draw_pair, ranks_of_heads
 from picotron_mini.course.instruments.tensor_time import block_times, exchange_ratio, layer_of_width
+from picotron_mini.launch import RankError
 from picotron_mini.legality import layout_problems
 from picotron_mini.mesh import Axis
 from picotron_mini.model.costs import layer_flops
@@ -82,3 +83,54 @@ def test_gathering_the_logits_is_told_by_its_bytes_even_where_it_fails() -> None
     item = exercise("04.split_loss")
     assert "3 numbers a token" in judge(item, gather).hint
     assert judge(item, fails).hint.endswith("RuntimeError: nothing was sent")
+
+
+def test_a_gradient_that_is_wrong_by_a_factor_is_told_with_rank_input_and_factor() -> None:
+    def answer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, axis: Axis) -> torch.Tensor:
+        return collectives.reduce_from(x @ weight.T, axis) + 3 * bias - 2 * bias.detach()
+
+    hint = judge(exercise("04.row_linear"), answer).hint
+    assert hint == "the value is right, and on rank 0 the gradient of bias is not: it is 3 times what it should be"
+
+
+def test_an_input_without_gradient_is_told_with_its_rank() -> None:
+    def answer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, axis: Axis) -> torch.Tensor:
+        return collectives.reduce_from(x @ (weight if axis.index == 0 else weight.detach()).T, axis) + bias
+
+    hint = judge(exercise("04.row_linear"), answer).hint
+    assert hint.startswith("the value is right, and on rank 1 no gradient comes back to weight")
+
+
+def test_a_hook_on_a_view_is_an_entry() -> None:
+    def answer(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        y = x.view_as(x)
+        y.register_hook(lambda gradient: collectives.all_reduce(gradient, axis))
+        return y
+
+    assert judge(exercise("04.copy_to"), answer).passed
+
+
+def test_six_exchanges_are_not_taken_for_bytes_on_the_wire() -> None:
+    """With four ranks 6 exchanges of payload are as many bytes as 4 on a ring's wire."""
+
+    def answer(tokens: int, width: int, itemsize: int, micro_batches: int, tp: int) -> int:
+        return 6 * micro_batches * tokens * width * itemsize
+
+    assert "the ledger counts" in judge(exercise("04.layer_bytes"), answer).hint
+
+
+def test_a_rule_that_nobody_has_is_told_by_a_model() -> None:
+    hint = judge(exercise("04.legal_sizes"), lambda model, most: [1]).hint
+    assert "a vocabulary of 101" in hint or "may be uneven" in hint
+
+
+def test_a_killed_rank_is_told_without_the_dump() -> None:
+    def told(reason: str) -> str:
+        text = f"it ended without a result, killed by SIGABRT. The end of its stderr:\nterminate called\n{reason}"
+        return one_line(RankError(2, f"rank 2 of 3 failed:\n{text}\nFatal Python error: Aborted\n\nModules: a"))
+
+    assert told("  what():  96 vs 72. Received data size doesn't match").startswith(
+        "rank 2 was killed by SIGABRT: it received another number of bytes"
+    )
+    assert told("  what():  no memory") == "rank 2 was killed by SIGABRT: no memory"
+    assert told("nothing") == "rank 2 was killed by SIGABRT"

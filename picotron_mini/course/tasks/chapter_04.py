@@ -63,34 +63,56 @@ def plan(name: str) -> int | str:
     return "whole" if module.endswith("norm") else 0
 
 
-def _swapped(name: str) -> int | str:
-    found = plan(name)
-    return 1 - found if isinstance(found, int) else found
-
-
-_PLANS: dict[str, tuple[Answer, str]] = {
+# The last word but one of some names, and what is said of each; then what to tell whoever says all of it. Several may
+# apply to one answer: the first is told.
+_MISREAD: dict[str, tuple[dict[str, int | str], str]] = {
     "weights read as [in, out]": (
-        _swapped,
+        {**dict.fromkeys(("embed", "head", "q", "k", "v", "gate", "up"), 1), "o": 0, "down": 0},
         "every cut is along the wrong dim: a Linear's weight is [out, in], so cutting the outputs is dim 0",
     ),
+    "Linears read as [in, out]": (
+        {**dict.fromkeys(("head", "q", "k", "v", "gate", "up"), 1), "o": 0, "down": 0},
+        "every Linear is cut along the wrong dim: its weight is [out, in], so cutting the outputs is dim 0 (of "
+        "embed, [vocabulary, width], the vocabulary is dim 0 as well)",
+    ),
     "all by their outputs": (
-        lambda name: 0 if plan(name) == 1 else plan(name),
+        {"o": 0, "down": 0},
         "o and down are cut by their outputs too: they would need their whole input, so one more exchange before "
         "each. Cut them by their inputs, which are already where they belong",
     ),
     "no norm is summed": (
-        lambda name: "whole" if plan(name) == "sum" else plan(name),
+        {"q_norm": "whole", "k_norm": "whole"},
         "q_norm and k_norm meet this rank's heads only, so each rank has a part of their gradient",
     ),
+    "head norms cut": (
+        {"q_norm": 0, "k_norm": 0},
+        "q_norm and k_norm cannot be cut by heads: each is one weight [head_dim] that all heads share, so every rank "
+        "holds it whole and meets its own heads with it",
+    ),
     "all norms are summed": (
-        lambda name: "sum" if plan(name) == "whole" else plan(name),
+        {"attention_norm": "sum", "mlp_norm": "sum", "norm": "sum"},
         "a norm on the residual stream meets whole tokens, and the whole gradient, on every rank: its gradient is "
         "complete and equal everywhere, and a sum would multiply it by tp",
     ),
+    "keys and values whole": (
+        {"k": "whole", "v": "whole"},
+        "k and v are left whole: then every rank makes the keys and values of all heads, and uses those of its own "
+        "query heads; cut them by heads, as q",
+    ),
     "vocabulary left whole": (
-        lambda name: "whole" if name in ("embed.weight", "head.weight") else plan(name),
+        {"embed": "whole", "head": "whole"},
         "embed and head are left whole: they are the largest matrices of a small model, and both can be cut by the "
         "vocabulary",
+    ),
+    "embed left whole": (
+        {"embed": "whole"},
+        "embed is left whole: a rank can hold some of its rows and put zeros for the other tokens, and the sum over "
+        "the ranks is the embedding",
+    ),
+    "head left whole": (
+        {"head": "whole"},
+        "head is left whole, so every rank would make all logits: cut it by the vocabulary, as embed, and take the "
+        "loss on the slices",
     ),
 }
 _NAMES = list(
@@ -103,6 +125,10 @@ _NAMES = list(
 )  # fmt: skip
 
 
+def _misread(said: dict[str, int | str]) -> Answer:
+    return lambda name: said.get(name.split(".")[-2], plan(name))
+
+
 def _run_plan(answer: Answer) -> str | None:
     want: dict[str, int | str | None] = {
         name: dim if (dim := sharded_dim(name)) is not None else "sum" if is_partial(name) else "whole"
@@ -111,8 +137,8 @@ def _run_plan(answer: Answer) -> str | None:
     got = {name: answer(name) for name in _NAMES}
     if got == want:
         return None
-    for wrong, hint in _PLANS.values():
-        if got == {name: wrong(name) for name in _NAMES}:
+    for said, hint in _MISREAD.values():
+        if all(got[name] == said.get(name.split(".")[-2], got[name]) for name in _NAMES):
             return hint
     name = next(name for name in _NAMES if got[name] != want[name])
     return f"{name}: {got[name]!r} is not what the library does; what does this rank need of it, and what does it see?"
@@ -163,6 +189,30 @@ _ROWS: dict[str, tuple[Answer, str]] = {
         "the value is right, and the gradients of x and weight are multiplied by the number of ranks: backward, a sum "
         "hands each term the gradient as it is",
     ),
+    "bias on rank 0 only": (
+        lambda x, weight, bias, axis: reduce_from(x @ weight.T + (bias if axis.index == 0 else 0), axis),
+        "the value is right, and on rank 1 the bias gets no gradient: it is used on rank 0 only, so its copies drift "
+        "apart; add it on every rank, after the sum",
+    ),
+    "no bias": (
+        lambda x, weight, bias, axis: reduce_from(x @ weight.T, axis),
+        "the bias is left out: add it once, after the sum",
+    ),
+    "entry for x": (
+        lambda x, weight, bias, axis: reduce_from(copy_to(x, axis) @ weight.T, axis) + bias,
+        "the value is right, and each rank's gradient of x has the other ranks' added to it: x is a slice that this "
+        "rank alone has, so there is nothing to add up; an entry belongs where all ranks use one and the same tensor",
+    ),
+    "entry for the bias": (
+        lambda x, weight, bias, axis: reduce_from(x @ weight.T, axis) + copy_to(bias, axis),
+        "the value is right, and the gradient of the bias is multiplied by the number of ranks: after the sum every "
+        "rank finds the whole of it by itself",
+    ),
+    "plain all_reduce": (
+        lambda x, weight, bias, axis: all_reduce(x @ weight.T, axis) + bias,
+        "the value is right, and no gradient comes back to x and weight: all_reduce is for values only; the sum that "
+        "carries gradients is reduce_from",
+    ),
 }
 
 
@@ -186,21 +236,39 @@ def run_and_compare(
     answer: Answer,
     right: Answer,
     wrong: dict[str, tuple[Answer, str]],
-    ranks: int = RANKS,
+    inputs: tuple[str, ...],
 ) -> str | None:
     """Compare what an answer computes on every rank with the right answer and with each known mistake.
 
     The known mistakes run in a launch of their own: an answer may leave ranks in any state.
+
+    Args:
+        values: the value of each answer, and then the gradients of its `inputs`.
     """
-    got = [rank[0] for rank in on_ranks(values, [answer], ranks=ranks)]
-    known = on_ranks(values, [right, *(mistake for mistake, _ in wrong.values())], ranks=ranks)
+    got = [rank[0] for rank in on_ranks(values, [answer])]
+    known = on_ranks(values, [right, *(mistake for mistake, _ in wrong.values())])
     for number, hint in enumerate([None, *(hint for _, hint in wrong.values())]):
         if all(_all_near(mine, rank[number]) for mine, rank in zip(got, known, strict=True)):
             return hint
-    if any(mine[i] is None for mine in got for i in range(1, len(mine))):
-        return "autograd does not come back through it to every input: reduce_from and copy_to carry gradients"
-    forward = all(near(mine[0], rank[0][0]) for mine, rank in zip(got, known, strict=True))
-    return "the value is right and a gradient is not" if forward else "the value is not that of one device"
+    if not all(near(mine[0], rank[0][0]) for mine, rank in zip(got, known, strict=True)):
+        return "the value is not that of one device"
+    for number, name in enumerate(inputs, 1):
+        for index, (mine, rank) in enumerate(zip(got, known, strict=True)):
+            if mine[number] is None:
+                return (
+                    f"the value is right, and on rank {index} no gradient comes back to {name}: "
+                    "reduce_from and copy_to carry gradients"
+                )
+            if not near(mine[number], rank[0][number]):
+                return f"the value is right, and on rank {index} the gradient of {name} is not{_by(mine, rank, number)}"
+    raise AssertionError("it is the right answer")
+
+
+def _by(mine: list[Any], rank: list[list[Any]], number: int) -> str:
+    """How a gradient is wrong, where that is one factor."""
+    got, want = mine[number], rank[0][number]
+    factor = (got.flatten() @ want.flatten() / want.pow(2).sum()).item() if got.shape == want.shape else 0
+    return f": it is {factor:.3g} times what it should be" if factor and near(got, factor * want) else ""
 
 
 def _all_near(got: list[Any], want: list[Any]) -> bool:
@@ -235,6 +303,11 @@ def copy_to_by_hand(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def _hook(x: Tensor, axis: Axis) -> Tensor:
+    x.register_hook(lambda gradient: all_reduce(gradient, axis))
+    return x
+
+
 _COPIES: dict[str, tuple[Answer, str]] = {
     "identity": (
         lambda x, axis: x,
@@ -252,16 +325,22 @@ _COPIES: dict[str, tuple[Answer, str]] = {
         lambda x, axis: copy_to(x / axis.size, axis) + x.detach() * (1 - 1 / axis.size),
         "the gradient is the mean over the ranks: each rank has a part of a sum, so the parts must be added",
     ),
+    "a hook on x": (
+        _hook,
+        "all that comes back to x is summed, also what other uses of x send back, as the residual addition around the "
+        "pair: the entry is a step of its own, and its result a new tensor",
+    ),
 }
 
 
 def _copy_values(answers: list[Answer], axis: Axis) -> list[list[Any]]:
     out = []
     for answer in answers:
-        x = torch.arange(1.0, 5.0, dtype=torch.float64).requires_grad_()  # the same on every rank
+        leaf = torch.arange(1.0, 5.0, dtype=torch.float64).requires_grad_()  # the same on every rank
+        x = 2 * leaf  # as a norm below the entry
         y = answer(x, axis)
-        (y**2 * (axis.index + 1)).sum().backward()  # every rank uses it in another way
-        out.append([y.detach(), x.grad])
+        (y**2 * (axis.index + 1) + 3 * x).sum().backward()  # every rank uses it in another way; x goes on beside it
+        out.append([y.detach(), leaf.grad])
     return out
 
 
@@ -273,7 +352,7 @@ EXERCISES = [
         "or whole with gradients that must be added up.",
         stub=plan_stub,
         reference=plan,
-        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _PLANS.items()),
+        mistakes=tuple(Mistake(name, _misread(said), hint) for name, (said, hint) in _MISREAD.items()),
         run=_run_plan,
     ),
     Exercise(
@@ -283,7 +362,7 @@ EXERCISES = [
         stub=row_linear_stub,
         reference=row_linear,
         mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _ROWS.items()),
-        run=lambda answer: run_and_compare(_row_values, answer, row_linear, _ROWS),
+        run=lambda answer: run_and_compare(_row_values, answer, row_linear, _ROWS, ("x", "weight", "bias")),
     ),
     Exercise(
         id="04.copy_to",
@@ -292,6 +371,6 @@ EXERCISES = [
         stub=copy_to_stub,
         reference=copy_to_by_hand,
         mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _COPIES.items()),
-        run=lambda answer: run_and_compare(_copy_values, answer, copy_to, _COPIES),
+        run=lambda answer: run_and_compare(_copy_values, answer, copy_to, _COPIES, ("x",)),
     ),
 ]

@@ -65,12 +65,17 @@ _SIZES: dict[str, tuple[Answer, str]] = {
     ),
 }
 _MODEL = ModelConfig(vocab_size=101, hidden_size=64, intermediate_size=96, num_heads=16, num_kv_heads=4, head_dim=4)
+_SMALL = 9  # a vocabulary
 _MODELS = [
     _MODEL,
     replace(_MODEL, num_kv_heads=8, intermediate_size=100),
-    replace(_MODEL, vocab_size=9, num_kv_heads=8),
+    replace(_MODEL, vocab_size=_SMALL, num_kv_heads=8),
     replace(_MODEL, num_heads=12, num_kv_heads=12),
 ]
+
+
+def _with_empty_ranks(wrong: Answer) -> Answer:
+    return lambda model, most: wrong(replace(model, vocab_size=10**9), most)
 
 
 def _run_legal_sizes(answer: Answer) -> str | None:
@@ -79,13 +84,17 @@ def _run_legal_sizes(answer: Answer) -> str | None:
     if got == want:
         return None
     for wrong, hint in _SIZES.values():
-        if got == [wrong(model, 8) for model in _MODELS]:
+        known = [wrong(model, 8) for model in _MODELS]
+        # the rule of empty ranks shows in a small vocabulary only: without it, too, another mistake is told
+        large = [at for at, model in enumerate(_MODELS) if model.vocab_size > _SMALL]
+        if got == known or [got[at] for at in large] == [known[at] for at in large] != [want[at] for at in large]:
             return hint
     at = next(i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1])
     model = _MODELS[at]
     return (
         f"with {model.num_heads} heads, {model.num_kv_heads} key-value heads, an inner width of "
-        f"{model.intermediate_size} and {model.vocab_size} tokens the library accepts {want[at]}, not {got[at]}"
+        f"{model.intermediate_size} and a vocabulary of {model.vocab_size} the library accepts {want[at]}, not "
+        f"{got[at]}"
     )
 
 
@@ -155,10 +164,12 @@ def _counted(axis: Axis) -> list[int]:
 
 
 def _run_layer_bytes(answer: Answer) -> str | None:
-    for tp in (4, 1):  # on four ranks a ring's factor differs from 1
-        counted = on_ranks(_counted, ranks=tp)[0]
+    for sizes in ((2, 4), (1,)):  # on two ranks a ring's factor is 1, on four it is that of 6 exchanges in place of 4
+        counted = [number for tp in sizes for number in on_ranks(_counted, ranks=tp)[0]]
         arguments = [
-            (tokens, _LAYER.hidden_size, dtype.itemsize, micro_batches, tp) for dtype, tokens, micro_batches in _CASES
+            (tokens, _LAYER.hidden_size, dtype.itemsize, micro_batches, tp)
+            for tp in sizes
+            for dtype, tokens, micro_batches in _CASES
         ]
         got = [answer(*each) for each in arguments]
         if got == counted:
@@ -178,7 +189,13 @@ EXERCISES = [
         task="List the sizes of tp that the library accepts for a model with grouped-query attention.",
         stub=legal_sizes_stub,
         reference=legal_sizes,
-        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _SIZES.items()),
+        mistakes=(
+            *(Mistake(name, wrong, hint) for name, (wrong, hint) in _SIZES.items()),
+            *(
+                Mistake(f"{name}, and empty ranks", _with_empty_ranks(wrong), hint)
+                for name, (wrong, hint) in list(_SIZES.items())[:2]
+            ),
+        ),
         run=_run_legal_sizes,
     ),
     Exercise(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...collectives import all_gather, all_reduce_max, copy_to, ledger, reduce_from
+from ...collectives import all_gather, all_reduce, all_reduce_max, copy_to, gather_from, ledger, reduce_from
+from ...launch import RankError
 from ...layout import split
 from ...mesh import Axis
 from ...model.gpt import IGNORE, cross_entropy
@@ -57,7 +58,12 @@ def _gathered(logits: Tensor, targets: Tensor, vocabulary: tuple[int, int], axis
 
 
 def _variant(
-    shift: str = "global", everywhere: bool = False, ignore: bool = True, again: bool = False, unshifted: bool = False
+    shift: str = "global",
+    everywhere: bool = False,
+    ignore: bool = True,
+    again: bool = False,
+    unshifted: bool = False,
+    plain: bool = False,
 ) -> Answer:
     def answer(logits: Tensor, targets: Tensor, vocabulary: tuple[int, int], axis: Axis) -> Tensor:
         start, stop = vocabulary
@@ -69,7 +75,7 @@ def _variant(
         target = (logits if unshifted else z).gather(-1, index[:, None])[:, 0]
         target = target if everywhere else torch.where(mine, target, 0.0)
         both = torch.stack([z.exp().sum(-1), target])
-        both = reduce_from(copy_to(both, axis) if again else both, axis)
+        both = all_reduce(both, axis) if plain else reduce_from(copy_to(both, axis) if again else both, axis)
         loss = both[0].log() - both[1]
         return (loss * (targets != IGNORE) if ignore else loss).sum()
 
@@ -109,6 +115,25 @@ _LOSSES: dict[str, tuple[Answer, str]] = {
         "the loss is right, and its gradient is multiplied by the number of ranks: all ranks compute one and the same "
         "loss, so backward nothing is added up",
     ),
+    "plain all_reduce": (
+        _variant(plain=True),
+        "the loss is right, and no gradient comes back through it: all_reduce and all_reduce_max are for values only; "
+        "the sum that carries gradients is reduce_from",
+    ),
+}
+# These kill a rank: gloo ends a process that receives another number of bytes than it waits for.
+_UNEVEN = (
+    "a rank was killed: the ranks handed tensors of different sizes to a collective. The slices of the vocabulary are "
+    "uneven, 4, 4 and 3 columns. Neither the logits nor their gradients need to be exchanged: a sum of exponentials "
+    "can be taken slice by slice, and each rank's gradient is that of its own slice"
+)
+_KILLED: dict[str, Answer] = {
+    "slices gathered as they are": lambda logits, targets, vocabulary, axis: cross_entropy(
+        gather_from(logits, axis, -1), targets
+    ),
+    "entry for the slices": lambda logits, targets, vocabulary, axis: split_loss(
+        copy_to(logits, axis), targets, vocabulary, axis
+    ),
 }
 
 
@@ -134,7 +159,8 @@ def _loss_values(answers: list[Answer], axis: Axis) -> list[list[tuple[Tensor, T
             with ledger.recording() as sent:
                 try:
                     loss = answer(mine, targets, (start, stop), axis)
-                    loss.backward()
+                    if loss.requires_grad:
+                        loss.backward()
                 except Exception:
                     if sum(sent.values()) <= _budget(targets, logits):
                         raise
@@ -147,7 +173,12 @@ def _loss_values(answers: list[Answer], axis: Axis) -> list[list[tuple[Tensor, T
 
 
 def _run_split_loss(answer: Answer) -> str | None:
-    got = [rank[0] for rank in on_ranks(_loss_values, [answer], ranks=RANKS)]
+    try:
+        got = [rank[0] for rank in on_ranks(_loss_values, [answer], ranks=RANKS)]
+    except RankError as error:
+        if "killed by SIGABRT" in str(error):
+            return _UNEVEN
+        raise
     problems = [_judge(rank, results) for rank, results in enumerate(got)]
     if not any(problems):
         return None
@@ -195,7 +226,8 @@ EXERCISES = [
         "send at most three numbers a token.",
         stub=split_loss_stub,
         reference=split_loss,
-        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _LOSSES.items()),
+        mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _LOSSES.items())
+        + tuple(Mistake(name, wrong, _UNEVEN) for name, wrong in _KILLED.items()),
         run=_run_split_loss,
     ),
 ]

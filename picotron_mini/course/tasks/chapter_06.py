@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -89,6 +90,7 @@ _OVERFLOW = (
     "exponentials with logaddexp"
 )
 _LOGS = "the log-sum-exps are used as weights themselves; they are logarithms, so take exp of their differences"
+_TWO = "return two tensors, the output and its log-sum-exp: without the second, no further block could be merged"
 _LSE = "the output is right and the log-sum-exp is not: the next block would be merged with a wrong weight"
 
 
@@ -103,6 +105,8 @@ def _run_merge(answer: Answer) -> str | None:
             want, lse = parts[1]
         args = (*parts[0], *parts[1])
         got = answer(*(x.clone() for x in args))
+        if not isinstance(got, (tuple, list)) or len(got) != 2 or not all(isinstance(x, Tensor) for x in got):
+            return _TWO
         if _near(got[0], want) and _near(got[1], lse):
             continue
         if _near(got[0], want) and not (scale > 1 and not got[1].isfinite().all()):
@@ -199,6 +203,37 @@ def _ring_last_word(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def _ring_like(first: bool = True, new_lse: bool = True, hops: int = RANKS - 1, passes_on: bool = True) -> Answer:
+    """A ring with a mistake: what `first` is, is merged into; `hops`: how many; `passes_on`: what came, or its own."""
+
+    def answer(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
+        own = held = torch.stack([k, v])
+        empty = torch.zeros_like(q), q.new_full(q.shape[:3], -1e30)
+        out, lse = attend_with_lse(q, k, v) if first else merge(*empty, *attend_with_lse(q, k, v))
+        lse = lse if first or new_lse else empty[1]
+        for _ in range(hops):
+            held, work = rotate(held if passes_on else own, axis)
+            work.wait()
+            out, merged = merge(out, lse, *attend_with_lse(q, held[0], held[1]))
+            lse = merged if new_lse else lse
+        return out
+
+    return answer
+
+
+def _ring_added(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
+    return axis.size * _ring_last_word(q, k, v, axis)
+
+
+def _ring_without_waiting(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
+    held = torch.stack([k, v])
+    out, lse = attend_with_lse(q, k, v)
+    for _ in range(axis.size - 1):
+        held, _ = rotate(held, axis)
+        out, lse = merge(out, lse, *attend_with_lse(q, held[0], held[1]))
+    return out
+
+
 _GATHERED = (
     "right, and over the budget of memory: a rank held the keys or values of the whole sequence, or something larger; "
     "let blocks travel and merge what they give"
@@ -212,7 +247,30 @@ _HEADS = (
 )
 _KEYS_ONLY = "the keys travelled and the values stayed: a query then takes weights from one rank and values of another"
 _OWN = "a rank's queries saw the keys of their own rank only"
+_ADDED = "the blocks' outputs are added, each of them normalised to weight 1; merge them by their log-sum-exps"
+_OLD_LSE = (
+    "the log-sum-exp is not updated after a merge: what has been merged weighs as its first block did, and the next "
+    "block too much"
+)
+_FEW = "the queries of a rank have not met the keys of all ranks: one hop too few; with cp ranks there are cp - 1"
+_SAME = "each hop passes on the rank's own keys again: what goes to the next rank is what came from the last one"
+_UNFILLED = (
+    "a buffer is read before it is filled: `rotate` has only started the message, and `work.wait()` returns when it is "
+    "here (what you saw was chance)"
+)
 _AVERAGED = "the blocks' outputs are averaged; merge them by their log-sum-exps"
+
+
+_RINGS = (
+    (_ring_own_keys, _OWN),
+    (_ring_keys_only, _KEYS_ONLY),
+    (_ring_last_word, _AVERAGED),
+    (_ring_added, _ADDED),
+    (_ring_like(new_lse=False), _OLD_LSE),
+    (_ring_like(first=False, new_lse=False), _OLD_LSE),
+    (_ring_like(hops=RANKS - 2), _FEW),
+    (_ring_like(passes_on=False), _SAME),
+)
 
 
 def _whole() -> list[Tensor]:
@@ -226,25 +284,59 @@ def _whole() -> list[Tensor]:
     return [q, 2 * k, v]
 
 
-def _ring_on_rank(answer: Answer, axis: Axis) -> tuple[Tensor, int, int]:
-    q, k, v = (x.chunk(axis.size, 2)[axis.index].contiguous() for x in _whole())
+class _Watched:
+    """A message under way, and whether it was waited for."""
+
+    def __init__(self, work: Any, tensor: Tensor) -> None:
+        self.work, self.tensor, self.waited = work, tensor, False  # the tensor is kept until the message is through
+
+    def wait(self) -> None:
+        self.waited = True
+        self.work.wait()
+
+
+def _own_part(axis: Axis) -> tuple[Tensor, ...]:
+    return tuple(x.chunk(axis.size, 2)[axis.index].contiguous() for x in _whole())
+
+
+def _ring_on_rank(answer: Answer, axis: Axis) -> tuple[Tensor, int, int, bool]:
+    """The output, the bytes sent, the elements of the largest tensor, and whether all messages were waited for."""
+    own, start, messages = _own_part(axis), dist.batch_isend_irecv, []
+
+    def started(operations: list[Any]) -> list[Any]:
+        works = [_Watched(*pair) for pair in zip(start(operations), (p.tensor for p in operations), strict=True)]
+        messages.extend(works)
+        return works
+
+    dist.batch_isend_irecv = started  # type: ignore[assignment]  # in this rank, which ends after the answer
     with ledger.recording() as sent, Largest() as largest:
-        out = answer(q, k, v, axis)
-    return out, sum(sent.values()), largest.elements
+        out = answer(*own, axis)
+    in_time = all(message.waited for message in messages)
+    for message in messages:
+        if not message.waited:
+            message.wait()
+    return out, sum(sent.values()), largest.elements, in_time
+
+
+def _known_on_rank(answers: list[Answer], axis: Axis) -> list[Tensor]:
+    return [answer(*_own_part(axis), axis) for answer in answers]
 
 
 def _run_ring(answer: Answer) -> str | None:
     results = on_ranks(RANKS, _ring_on_rank, answer)
     q, k, v = _whole()
     want = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    got = torch.cat([out for out, _, _ in results], 2)
+    if not all(in_time for *_, in_time in results):
+        return _UNFILLED
+    got = torch.cat([out for out, *_ in results], 2)
     kv = 2 * k.numel() // RANKS
     if not _near(got, want):
-        for wrong, hint in ((_ring_own_keys, _OWN), (_ring_keys_only, _KEYS_ONLY), (_ring_last_word, _AVERAGED)):
-            if _near(got, torch.cat([out for out, _, _ in on_ranks(RANKS, _ring_on_rank, wrong)], 2)):
+        known = on_ranks(RANKS, _known_on_rank, [wrong for wrong, _ in _RINGS])
+        for parts, (_, hint) in zip(zip(*known, strict=True), _RINGS, strict=True):
+            if _near(got, torch.cat(parts, 2)):
                 return hint
         return f"an element of the output is off by {(got - want).abs().max():.3f}"
-    sent, largest = max(n for _, n, _ in results), max(n for _, _, n in results)
+    sent, largest = max(n for _, n, _, _ in results), max(n for _, _, n, _ in results)
     budget = (RANKS - 1) * kv * k.itemsize
     if sent == budget * q.shape[1] // k.shape[1]:
         return _HEADS
@@ -267,6 +359,7 @@ EXERCISES = [
             Mistake("added", _merge_sum, _SUM),
             Mistake("logarithms as weights", _merge_logs_as_weights, _LOGS),
             Mistake("exponentials first", _merge_overflow, _OVERFLOW),
+            Mistake("output alone", lambda o1, l1, o2, l2: merge(o1, l1, o2, l2)[0], _TWO),
             Mistake("larger one kept", lambda o1, l1, o2, l2: (merge(o1, l1, o2, l2)[0], l1.maximum(l2)), _LSE),
         ),
         run=_run_merge,
@@ -285,6 +378,12 @@ EXERCISES = [
             Mistake("values stayed", _ring_keys_only, _KEYS_ONLY),
             Mistake("own keys", _ring_own_keys, _OWN),
             Mistake("averaged", _ring_last_word, _AVERAGED),
+            Mistake("added", _ring_added, _ADDED),
+            Mistake("old log-sum-exp", _ring_like(new_lse=False), _OLD_LSE),
+            Mistake("old log-sum-exp, from nothing", _ring_like(first=False, new_lse=False), _OLD_LSE),
+            Mistake("one hop too few", _ring_like(hops=RANKS - 2), _FEW),
+            Mistake("own keys again", _ring_like(passes_on=False), _SAME),
+            Mistake("no wait", _ring_without_waiting, _UNFILLED),
         ),
         run=_run_ring,
     ),

@@ -135,6 +135,13 @@ def _always_legal(cp: int, num_heads: int, num_kv_heads: int, bytes_per_number: 
     return "ring" if ring < 4 * (num_heads + num_kv_heads) * bytes_per_number else "ulysses"
 
 
+def _on_the_wire(cp: int, num_heads: int, num_kv_heads: int, bytes_per_number: int) -> str:
+    if num_heads % cp or num_kv_heads % cp:
+        return "ring"
+    ring = 2 * num_kv_heads * (2 * (cp - 1) * bytes_per_number + cp * max(bytes_per_number, 4))
+    return "ring" if ring < 4 * (num_heads + num_kv_heads) * bytes_per_number * (cp - 1) / cp else "ulysses"
+
+
 _CHOICES: dict[str, tuple[Answer, str]] = {
     "refused layouts": (
         _always_legal,
@@ -149,6 +156,16 @@ _CHOICES: dict[str, tuple[Answer, str]] = {
         lambda cp, heads, kv_heads, itemsize: cheaper(cp, heads, kv_heads, 4),
         "of bf16 keys the gradients travel in float32, since every rank adds to them: 4 bytes a number",
     ),
+    "on the wire": (
+        _on_the_wire,
+        "right for the wire, on which an all_to_all carries (cp - 1) / cp of its payload and the ring all of it; "
+        "asked is what a rank hands to torch.distributed, which the ledger counts",
+    ),
+    "border of bf16": (
+        lambda cp, heads, kv_heads, itemsize: cheaper(cp, heads, kv_heads, 2),
+        "the border Hkv/H = 1/(2(cp-1)) is that of bf16, where the ring's gradients are twice as wide as its keys; in "
+        "float32 they are as wide, and the ring is cheaper up to 2/(3cp-4)",
+    ),
     "all heads travel": (
         lambda cp, heads, kv_heads, itemsize: cheaper(cp, heads, heads, itemsize),
         "what goes round the ring are key-value heads, however many query heads there are",
@@ -160,11 +177,13 @@ _CHOICES: dict[str, tuple[Answer, str]] = {
 }
 CASES = [
     Case(2, 8, 2, 4),
+    Case(2, 8, 4, 4),
     Case(2, 8, 8, 2),
     Case(2, 6, 2, 2),
     Case(4, 4, 2, 4),
     Case(4, 8, 4, 2),
     Case(4, 20, 4, 2),
+    Case(4, 20, 4, 4),
     Case(4, 32, 4, 4),
 ]
 
@@ -235,7 +254,8 @@ EXERCISES = [
     Exercise(
         id="06.cheaper",
         title="Ring or Ulysses",
-        task="Say which of the two sends fewer bytes in a training step of one layer, or which is allowed at all.",
+        task="Say which of the two hands fewer bytes to torch.distributed in a training step of one layer, or which is "
+        "allowed at all.",
         stub=cheaper_stub,
         reference=cheaper,
         mistakes=tuple(Mistake(name, wrong, hint) for name, (wrong, hint) in _CHOICES.items()),
