@@ -440,7 +440,10 @@ print(inspect.getsource(partial.sum_partial_gradients))
 #
 # The embedding table is cut by rows. A rank looks up the tokens that are its own, puts zeros for the others, and the
 # sum over ranks finds each token's one non-zero row. The head is column parallel: each rank gets a slice of the logits
-# $[T, V/n]$. Then comes the loss. How large would the logits be, if they were put together?
+# $[T, V/n]$. The slices may be uneven: each rank but the last ones has $\lceil V/n \rceil$ rows. But nobody may be left
+# without any, so a vocabulary of 9 over four ranks (3, 3, 3 and none) is refused.
+#
+# Then comes the loss. How large would the logits be, if they were put together?
 
 # %%
 V, tokens, n = LLAMA_405B.vocab_size, 8192, 8
@@ -583,9 +586,10 @@ assert by_hand == report.bytes_predicted["tp all_reduce"] == report.bytes_counte
 assert not report.bytes_problems
 
 # %% [markdown]
-# Neither $V$ nor the number of weights is in it, and nor is `tp`. Compare data parallelism: there a layer costs its
-# weights, once a step, whatever the number of tokens; here it costs activations, for every token, whatever the number
-# of weights. For a layer of Llama 3's 8B (218 million weights, width 4096) the two meet at some number of tokens:
+# Neither $V$ nor the number of weights is in it, and nor is `tp`, if it is more than 1. Compare data parallelism: there
+# a layer costs its weights, once a step, whatever the number of tokens; here it costs activations, for every token,
+# whatever the number of weights. For a layer of Llama 3's 8B (218 million weights, width 4096) the two meet at some
+# number of tokens:
 
 # %%
 LLAMA_8B = ModelConfig(
@@ -602,6 +606,26 @@ print(
 # So with some 27 thousand tokens a step and rank the two are of one size, and the difference is *when*. The gradients
 # of data parallelism can travel while backward computes; each of these sums is waited for by the next product. (Cut the
 # model as well, and data parallelism has less to send: each rank's gradients are $1/n$ of the layer.)
+#
+# ### In which dtype do the terms travel?
+#
+# In that of the activations, the $g$ of the formula: bf16 in a bf16 run. So each rank rounds its term, and the sum of
+# the terms is rounded as it goes from rank to rank, where one device adds all of it in a float32 accumulator and rounds
+# once. A row parallel product of 4,096 inputs, its terms added one after the other in bf16:
+
+# %%
+generator = torch.Generator().manual_seed(4)
+h, weight = torch.randn(256, 4096, generator=generator), torch.randn(4096, 256, generator=generator)
+exact = h.bfloat16().double() @ weight.bfloat16().double()
+for n in (1, 2, 4, 8):
+    parts = zip(h.bfloat16().float().chunk(n, 1), weight.bfloat16().float().chunk(n, 0), strict=True)
+    terms = [(inputs @ rows).bfloat16() for inputs, rows in parts]
+    total = sum(terms[1:], terms[0])
+    print(f"tp={n}: error {((total.double() - exact).norm() / exact.norm()).item():.4f} of the result")
+
+# %% [markdown]
+# Terms in float32 would have the error of the first line for twice the bytes. The library sends bf16, and judges a bf16
+# run by the error of its gradients: at most twice that of one device in bf16.
 #
 # ## When does it stop paying?
 #
@@ -703,8 +727,9 @@ picture(
 # Above the dotted line, cutting made the layer *slower* than one rank alone. In narrow layers nearly all of the time
 # goes into exchanges, which are latency and the operating system's turns, and their share falls as the width grows, as
 # in the formula. If this page was made on two cores, `tp=4` has no more of them than `tp=2`: its products cannot be
-# faster, and its exchanges come on top. The [write-up](../summary/04_tensor_parallel.md) has the numbers of a longer
-# run.
+# faster, and its exchanges come on top. If other programs used these cores meanwhile, the same is true of `tp=2`: then
+# cutting a wide layer gains nothing, though next to nothing of its time is exchanges. The
+# [write-up](../summary/04_tensor_parallel.md) has the numbers of a longer run.
 #
 # ## The same from PyTorch
 #
@@ -795,7 +820,8 @@ def plan(name: str) -> int | str: ...
 check("04.plan", plan)
 
 # %% [markdown]
-# **2. How far a model can be cut.** List the sizes of `tp` from 1 to `most` that the library accepts.
+# **2. How far a model can be cut.** List the sizes of `tp` from 1 to `most` that the library accepts. Mind the heads of
+# both kinds, the MLP, and that no rank's slice of the vocabulary is empty.
 
 
 # %%
@@ -817,7 +843,8 @@ check("04.row_linear", row_linear)
 
 # %% [markdown]
 # **4. The entry of a pair.** Write it as a `torch.autograd.Function`, defined inside, and return `....apply(x)`. For
-# the sum there is `all_reduce(x, axis)` (import it from `picotron_mini.collectives`), which returns a new tensor.
+# the sum there is `all_reduce(x, axis)` (import it from `picotron_mini.collectives`), which returns a new tensor, and
+# carries no gradient. Beside your entry the check lets x go on, as the residual stream does.
 
 
 # %%
@@ -840,7 +867,7 @@ check("04.split_loss", my_split_loss)
 
 # %% [markdown]
 # **6. The price of a layer.** Payload that one rank hands to all_reduce for one layer in one step, `tokens` being those
-# of one micro-batch. The ledger of a real run decides.
+# of one micro-batch; `tp` may be 1. The ledger of a real run decides.
 
 
 # %%
@@ -869,6 +896,8 @@ assert not broken.ok and broken.bytes_problems, "the ledger sees it as well: mor
 # %% [markdown]
 # Would your test have noticed? Write one: a function of the mesh that is called on every rank, uses something of
 # `picotron_mini.parallel.tensor` and asserts something. It must pass on the sound library and fail with the bug in it.
+# The mutant replaces the attribute of the module, so call `tensor.reduce_from(...)`: the name `reduce_from` imported at
+# the top of this page stays the sound one.
 
 
 # %%
@@ -879,8 +908,15 @@ kill("04.reduce_from_sums_again", my_test)
 
 # %% [markdown]
 # More of this room: `04.copy_to_without_backward`, `04.slice_zero_for_all`, `04.head_norms_not_summed`, and
-# `04.token_norms_not_summed`, of which more below. A test of
-# values kills one of them; which?
+# `04.token_norms_not_summed`, of which more below. A test of values kills one of them; which?
+#
+# <details markdown="1">
+# <summary>Answer</summary>
+#
+# `04.slice_zero_for_all`: the others compute the right values, and wrong gradients. But the test has to cut the weights
+# by the layout (`Placement.slices`), as a training run does. `tensor_parallel` cuts a whole model without it.
+#
+# </details>
 #
 # ## On GPUs
 #
@@ -910,10 +946,25 @@ kill("04.reduce_from_sums_again", my_test)
 # step 60/60  loss 5.925  validation 5.417 (1.919 bits per byte)  159,923 tokens/s  memory 10.1 GiB  0:00 left
 # ```
 #
-# The same model and text made 414,865 tokens/s with `dp=2`. It is too small for this: matrices of width 1024, halved,
-# and eight exchanges a layer that are waited for. With the 1.8 billion parameters of the `bench` preset `tp=2` makes
-# 0.82 of the speed of `dp=2` ([table](../summary/07_3d_parallel.md#measured-performance)).
-#
+# The same model and text made 414,865 tokens/s with `dp=2 --zero 2`. So two ranks were as fast as 0.77 of one of those
+# GPUs, and the formula has 1.7 at this width and length, with the 450 GB/s of the data sheet. It knows no host: the
+# kernels of this model are so short that the GPU waits for their launches. With long kernels, and rates that were
+# measured, it is good. The `bench` preset has 1.8 billion parameters; with `--sequence-parallel`, recorded as a CUDA
+# graph (not the command above), `tp=2` makes 0.82 of the speed of `dp=2`
+# ([table](../summary/07_3d_parallel.md#measured-performance)). From that row:
+
+# %%
+compute, exchanges = 326, 78  # ms of a step: kernels that are not NCCL's, and NCCL's alone
+sent = (4 * 24 + 2) * 16 * 2048 * 2048 * 2  # on a wire of two ranks: 24 layers, 16 sequences of 2048, width 2048, bf16
+c = exchanges / compute
+print(f"{sent / 1e9:.1f} GB in {exchanges} ms: {sent / exchanges / 1e6:.0f} GB/s")
+print(f"c = {c:.2f}: two ranks make {2 / (1 + c):.2f} of one; of dp=2 that is {1 / (1 + c):.2f}")
+print(f"measured {39_604 / 48_182:.2f}")
+assert abs(1 / (1 + c) - 39_604 / 48_182) < 0.02
+small = exchange_ratio(layer_of_width(1024), 1024, 2, 2, R, 450e9)
+assert round(2 / (1 + small), 1) == 1.7 and round(159_923 / (414_865 / 2), 2) == 0.77
+
+# %% [markdown]
 # ## What is still whole
 #
 # Not everything was cut. Between an exit and the next entry every rank holds the same hidden states, and computes the
@@ -977,10 +1028,10 @@ assert amounts[4] > amounts[1] / 4 * 1.3
 # sides of every exchange would have to be put in order, by a copy. A norm does not ask which tokens it gets. So the
 # $BT$ tokens of the micro-batch are taken as one row, and each rank has one run of it: with four sequences and two
 # ranks the first two, and the last two. $[B, T/n, D]$ is then a number of rows in a handy shape, and a gathered
-# $[B, T, D]$ is in order as it arrives (`by_rows` above).
+# $[B, T, D]$ is in order as it arrives (`by_rows`).
 
 # %% tags=["nbval-ignore-output"]
-for piece in (conjugate._GatherFrom, conjugate._ScatterTo):
+for piece in (tensor.by_rows, conjugate._GatherFrom, conjugate._ScatterTo):
     print(inspect.getsource(piece))
 
 # %% [markdown]
@@ -1035,7 +1086,7 @@ assert not broken.ok and "norm" in broken.first_divergence
 
 # %% [markdown]
 # The museum has it as `04.token_norms_not_summed`. Whoever turns the option on and looks at the first loss sees
-# nothing.
+# nothing. In the order of backward the final norm is met first, and it is among the wrong ones.
 #
 # ## Overlap: do not wait
 #
@@ -1108,6 +1159,11 @@ for link_name, link in LINKS.items():
 # Inside a machine all but one part is hidden, for attention with little to spare. Between machines the products are too
 # short: overlap does not make a slow link fast. And the table flatters many parts: each pays its latency, and a GPU
 # multiplies thin matrices less well, so the best number has to be measured (`tests/performance/tensor_overlap.py`).
+#
+# Measured, with the `bench` preset and `tp=2 --sequence-parallel`, it has not paid yet. On two H100s two parts were
+# slower than one, 30,393 tokens/s per GPU in place of 36,380. On two H200s, recorded, they were no faster, 39,288 in
+# place of 39,604: 22 ms of a step less were exposed, and the products of half the rows took 20 ms longer.
+#
 # What is left could hide behind the *other half of the batch*, at the price of two chains of work in each layer
 # (Domino, arXiv 2409.15241); this library does not.
 #
