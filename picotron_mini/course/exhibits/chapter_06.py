@@ -89,8 +89,8 @@ EXHIBITS = [
         title="Two ideas of who holds what",
         story="Head-tail chunks are an agreement between the loader, which deals out the tokens, and attention, which "
         "knows from it what is before what. Change it in one place only and some queries see the future, others "
-        "miss their past. Positions travel with the tokens and are still right. A small model of Python source had a loss "
-        "of 1.95 after 400 steps with the bug and cp=2, and of 1.88 without.",
+        "miss their past. Positions travel with the tokens and are still right. A small model of Python source had a "
+        "loss of 1.95 after 400 steps with the bug and cp=2, and of 1.88 without.",
         symptom="all shapes fit and the loss falls, a little worse: cp-1 tokens of a sequence have seen their target, "
         "and many miss a part of their past.",
         patch=tokens_cut_in_runs,
