@@ -6,11 +6,10 @@ Four rates are measured by themselves, each by work that is nothing else: a larg
 very small operators, of which only the start takes time. Passes of the model can then be explained by them.
 
 All ranks start each call together (a barrier before it), and the best of some rounds counts: what disturbs makes
-slower, never faster.
+slower, never faster. A CPU's links suffer most from it: beside one busy process they look two to three times slower.
 
-    CPU    computing is timed by what the process has used of a core; messages by the clock on the wall, each behind a
-           product, as in a step: the ranks do not meet at one instant, and the one that waits has to be woken, which
-           takes longer than a small message
+    CPU    computing is timed by what the process has used of a core; messages by the clock on the wall, as the mean of
+           a row of them with products between, as a step has them: a single one at its best takes a third of that
     GPU    its host runs ahead of it in training, so it is timed by its own clock, with all that it has to do launched
            before it may begin (`_on_gpu`); and apart from that, what the host needs to launch a layer and a message
 """

@@ -178,8 +178,6 @@ def stage_peak(
         unit = max(_unit(run, False), vocabulary)
         reduced[False] = min(unit * (4 * w + 3 * wide), size * (2 * w + 2 * wide))
         reduced[True] = 2 * w * _unit(run, True)  # worst in the last layer, before anything is reduced
-        if train.schedule in ("zb-h1", "zb-v"):  # between its halves a backward has some gradients of every unit
-            reduced = [each + wide * size / train.chunks for each in reduced]
     # in the loss's backward the reductions of the micro-batch before are still under way
     still = int(going * 2 / 3) if train.zero == 2 and train.micro_batches > 1 else 0
     moments = [

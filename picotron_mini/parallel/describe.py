@@ -48,7 +48,7 @@ ZERO = {  # ... and with zero=1, 2, 3
     ("dp", "reduce_scatter"): [
         "gradients, while the last micro-batch's backward runs",
         "gradients, while each micro-batch's backward runs",
-        "gradients of each unit after its backward, in each micro-batch",
+        "gradients of each unit, after its backward or each half of it, in each micro-batch",
     ],
     ("edp", "all_reduce"): ["gradients of experts over the groups, after the last backward"] * 3,
     ("edp", "reduce_scatter"): ["gradients of experts, as those of all else over dp"] * 3,
@@ -56,7 +56,7 @@ ZERO = {  # ... and with zero=1, 2, 3
     ("dp", "all_gather"): [
         "the updated weights, after the optimizer",
         "the updated weights, after the optimizer",
-        "weights of each unit, while the unit before it runs forward, and the one above it backward",
+        "weights of each unit, while the unit before it in its chunk runs forward, and the one above it backward",
     ],
 }
 

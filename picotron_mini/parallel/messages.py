@@ -202,7 +202,9 @@ def _data(links: _Links, layers: Collection[int], forward: float, backward: floa
     if train.zero == 3:
         gather = time("dp", "all_gather", gathered / (2 * m * (len(layers) + 2)), group, gathered / (2 * m), group)
         gather += time("edp", "all_gather", spread / (2 * m * max(1, mixed)), inside, spread / (2 * m), group)
-        ahead = [_tail(gather, len(layers) + 2, cover, machine) for cover in (forward, backward)]
+        # the first unit of each chunk is waited for: nothing travels ahead for another chunk
+        alone = train.chunks if mesh.pp > 1 else 1
+        ahead = [_tail(gather, len(layers) + 2, cover, machine, alone) for cover in (forward, backward)]
         return _Data(data, ahead[0], waited + ahead[1], once, 0.0)
     weights = time("dp", "all_gather", size / group, group, gathered, group)
     weights += time("edp", "all_gather", size / inside, inside, spread, group)
@@ -227,7 +229,8 @@ def best_bucket(gradient_bytes: float, link: Link, ranks: int, operation: str = 
     return min(gradient_bytes, math.sqrt(latency * payload_rate * gradient_bytes))
 
 
-def _tail(whole: float, messages: float, cover: float, machine: Machine) -> float:
-    """What is left of messages that start one by one while a pass runs: the last can hide behind nothing."""
-    last = whole / max(1, math.ceil(messages))
-    return last + exposed(whole - last, cover, machine.overlap)
+def _tail(whole: float, messages: float, cover: float, machine: Machine, alone: int = 1) -> float:
+    """What is left of messages that start one by one while a pass runs: the last, or `alone`, hide behind nothing."""
+    number = max(1, math.ceil(messages))
+    shown = whole * min(alone, number) / number
+    return shown + exposed(whole - shown, cover, machine.overlap)

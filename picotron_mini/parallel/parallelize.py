@@ -195,7 +195,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
         recompute(chunk, train.recompute)
         chunked_loss(chunk, train.loss_chunks)
 
-    # 7 data; where masters are in two halves, the whole ones go before there is room for gradients
+    # 7 data; without ZeRO, masters in two halves are made, and the whole ones go, before there is room for gradients
     split = train.masters == "split"
     kept: Mapping[str, Tensor] = masters
     gradients: GradientBuckets | SeveralBuckets | ShardedGradients | SeveralSharded | ShardedWeights

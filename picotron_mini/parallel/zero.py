@@ -82,8 +82,8 @@ class ShardedGradients:
 
     Args:
         groups: of parameters alike; those that are frozen are left out. A group becomes one or more buckets.
-        start: "last": reduce once, in the backward that follows `arm` (ZeRO 1). "each": in every one (ZeRO 2).
-            "told": in every one, when `start_of` is called (ZeRO 3).
+        start: "last": reduce once, in the backward that follows `arm` (ZeRO 1). "each": in every one (ZeRO 2, and
+            ZeRO 3 where a backward comes in two halves). "told": in every one, when `start_of` is called (ZeRO 3).
         rows: as `cut` has it.
         bucket_bytes: size at which a bucket is closed.
         copies: axes of ranks that own the same rows (other groups in HSDP, context parallelism): the rows are summed

@@ -18,6 +18,11 @@ storage has room for the padding, too (rows.py).
 
 When a unit's backward is about to start, and when it is over, is found out in uses.py.
 
+In a pipeline a stage may hold several chunks of the model, and call one for many micro-batches before the next: so
+nothing travels ahead for another chunk. And a backward may come in two halves (deferred.py), the second of which makes
+the gradients of matrices and needs no weights. Then a unit has two messages of gradients, each reduced when the last of
+its gradients has been added.
+
 Modules that share a parameter (a tied embedding and head) are one unit that is used in two places: it is put together
 for each of them, and reduced after the backward of the first place, which comes last.
 
@@ -38,7 +43,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +56,7 @@ from .several import SeveralSharded, by_axis
 from .uses import Use
 from .zero import ShardedGradients
 
-SETTLED = 3  # units of a forward, behind which the last reductions of the backward before have travelled
+SETTLED = 3  # units of a chunk's forward, behind which the last reductions of the backward before have travelled
 
 
 def empty(like: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -113,10 +118,13 @@ class ShardedWeights:
             unit = self._make(parameters, rows or {}, lambda p: others.get(p, axis))
             for place in places:
                 self.units[place] = unit
+        # if counted, what a backward's second half makes is apart, so that nothing whole is kept between the halves
+        late = {m.weight for each in modules for m in each.modules() if counted and isinstance(m, nn.Linear)}
         groups: dict[Axis, list[list[nn.Parameter]]] = {}
         for unit in dict.fromkeys(self.units):
             for (cuts, _), over in zip(unit.buffers, unit.axes, strict=True):
-                groups.setdefault(over, []).append([each.parameter for each in cuts])
+                parts = ([c.parameter for c in cuts if (c.parameter in late) == second] for second in (False, True))
+                groups.setdefault(over, []).extend(part for part in parts if part)
         self.gradients = SeveralSharded(
             (
                 ShardedGradients(
@@ -193,8 +201,9 @@ class ShardedWeights:
         self._need(self.units[place])
         if place + 1 not in self.begins:
             self._fetch(self.units[place + 1])
-        if place - SETTLED in self.begins:  # memory is wanted for activations again
-            self.gradients.settle()
+        begin, end = next(each for each in pairwise(self.begins) if each[0] <= place < each[1])  # of this chunk
+        if place == min(begin + SETTLED, end - 1):
+            self.gradients.settle()  # memory is wanted for activations again
 
     def _before_backward(self, place: int) -> None:
         self._need(self.units[place])

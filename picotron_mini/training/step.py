@@ -78,10 +78,10 @@ def _fill(parallel: Parallel, micro_batches: Sequence[Batch]) -> tuple[Tensor, T
     gradients = parallel.gradients
     pools = None if parallel.routers is None else parallel.routers.pools(True, len(micro_batches))
     gradients.reset()
-    # else every gradient is final in the last backward, or (ZeRO 3) reduced in each
+    # gradients become final at different times; else all do in the last backward, or (ZeRO 3) each backward reduces its
     counted = split or (route.chunks > 1 and train.zero < 3)
     after = None if isinstance(gradients, GradientBuckets | SeveralBuckets) else gradients.after_backward
-    if counted and train.zero < 3:
+    if counted and train.zero < 3:  # they are started by being counted alone
         after = None
     if counted:
         each = sum((additions(chunk, split) for chunk in parallel.chunks), Counter[nn.Parameter]())

@@ -24,7 +24,7 @@ from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.gpt import parameter_shapes
 from picotron_mini.monitoring.placement import held
 from picotron_mini.parallel import zero
-from picotron_mini.parallel.deferred import Deferred
+from picotron_mini.parallel.deferred import Deferred, additions
 from picotron_mini.parallel.footprint import footprint
 from picotron_mini.parallel.gather import gather
 from picotron_mini.parallel.parallelize import layout_of, parallelize
@@ -474,6 +474,51 @@ def test_late_weight_gradients_are_reduced_when_they_are_there_and_need_no_weigh
         "gather 3", "gather 2", "gather 1", "gather 0",
         *(word for n in (3, 2, 1, 0) for word in ("later", f"backward {n}", f"reduce {n}")),
     ]  # fmt: skip
+
+
+def between_halves() -> tuple[list[int], float]:
+    """In a rank: how many buckets hold whole gradients after I0, I1, W0 and W1; and the error of all sums."""
+    torch.manual_seed(0)
+    plain = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)]
+    torch.manual_seed(0)
+    units = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)]
+    batches = [torch.rand(2, 4), torch.rand(2, 4)]
+    deferred = Deferred(units)
+    sharded = ShardedWeights(units, axis_of_world(), counted=True)
+    sharded.arm(sum((additions(unit, True) for unit in units), Counter()))
+    held, waiting = [], []
+
+    def through(layers: list[nn.Sequential], x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x.square().sum()
+
+    def note() -> None:
+        held.append(sum(bucket.whole is not None for bucket in sharded.gradients.reducers[0].buckets))
+
+    for batch in batches:
+        with deferred.collecting() as products:
+            through(units, batch).backward()
+        sharded.after_backward()
+        waiting.append(products)
+        note()
+    for products in waiting:
+        for product in products:
+            product.run()
+        note()
+    sharded.finish()
+    sum(through(plain, batch) for batch in batches).backward()
+    wanted = [2 * p.grad for layer in plain for p in layer.parameters()]  # both ranks have the same batches
+    rows = [sharded.gradient(p) for unit in units for p in unit.parameters()]
+    index = torch.distributed.get_rank()
+    errors = [(mine - whole.chunk(2)[index]).abs().max() for mine, whole in zip(rows, wanted, strict=True)]
+    return held, float(max(errors))
+
+
+def test_no_whole_gradient_is_kept_between_the_halves_of_a_backward(ranks: Ranks) -> None:
+    """Two backwards may begin before the first weight gradient is made: norms and matrices are counted apart."""
+    for whole, error in ranks(between_halves, world_size=2):
+        assert whole == [0, 0, 0, 0] and error < 1e-5
 
 
 def reductions_at_once(stage: int, micro_batches: int) -> tuple[int, int]:
