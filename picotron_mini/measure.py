@@ -6,7 +6,7 @@ Four rates are measured by themselves, each by work that is nothing else: a larg
 very small operators, of which only the start takes time. Passes of the model can then be explained by them.
 
 All ranks start each call together (a barrier before it), and the best of some rounds counts: what disturbs makes
-slower, never faster. A CPU's links suffer most from it: beside one busy process they look two to three times slower.
+slower, never faster. A CPU's links suffer most from it: beside one busy process they look about twice as slow.
 
     CPU    computing is timed by what the process has used of a core; messages by the clock on the wall, as the mean of
            a row of them with products between, as a step has them: a single one at its best takes a third of that

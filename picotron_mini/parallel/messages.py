@@ -203,8 +203,7 @@ def _data(links: _Links, layers: Collection[int], forward: float, backward: floa
         gather = time("dp", "all_gather", gathered / (2 * m * (len(layers) + 2)), group, gathered / (2 * m), group)
         gather += time("edp", "all_gather", spread / (2 * m * max(1, mixed)), inside, spread / (2 * m), group)
         # the first unit of each chunk is waited for: nothing travels ahead for another chunk
-        alone = train.chunks if mesh.pp > 1 else 1
-        ahead = [_tail(gather, len(layers) + 2, cover, machine, alone) for cover in (forward, backward)]
+        ahead = [_tail(gather, len(layers) + 2, cover, machine, train.chunks) for cover in (forward, backward)]
         return _Data(data, ahead[0], waited + ahead[1], once, 0.0)
     weights = time("dp", "all_gather", size / group, group, gathered, group)
     weights += time("edp", "all_gather", size / inside, inside, spread, group)

@@ -36,7 +36,7 @@ from picotron_mini.parallel.activations import activations, layer_bytes, share_o
 from picotron_mini.parallel.expert import mixtures
 from picotron_mini.parallel.expert_costs import flow, skew_of_loads
 from picotron_mini.parallel.machine import MACHINES, Link, Machine, exposed, find_machine, from_json, to_json
-from picotron_mini.parallel.messages import best_bucket, crosses_hosts
+from picotron_mini.parallel.messages import _tail, best_bucket, crosses_hosts
 from picotron_mini.parallel.parallelize import parallelize
 from picotron_mini.parallel.plan import Plan, by_axis, meshes, plan, spreads, to_dict
 from picotron_mini.parallel.plan_table import table
@@ -677,3 +677,11 @@ def test_a_search_does_not_pass_over_settings_that_no_layout_may_have(
     run = RunConfig(layout="auto", model=replace(MODEL, moe=moe), train=replace(TRAIN, **train))
     with pytest.raises(ConfigError, match=said):
         planner.answer(run, PlanConfig(ranks=4, machine="h100"))
+
+
+def test_the_first_gather_of_each_chunk_is_waited_for() -> None:
+    """ZeRO 3 gathers nothing ahead for another chunk: of ten messages in two chunks two hide behind nothing."""
+    hides_all = replace(MACHINES["h100"], overlap=1.0)
+    assert _tail(10.0, 10, 100.0, hides_all) == 1.0
+    assert _tail(10.0, 10, 100.0, hides_all, 2) == 2.0
+    assert _tail(10.0, 1, 100.0, hides_all, 2) == 10.0
