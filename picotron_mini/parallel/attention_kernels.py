@@ -12,8 +12,8 @@ So a block's backward needs its own keys, and of all the others nothing but `out
 arXiv 2307.08691). The fused kernels have both halves as operators; which one runs is chosen here and nowhere else:
 
     CPU                          _scaled_dot_product_flash_attention_for_cpu      float64 to bf16, masks
-    CUDA, bf16 or fp16 (and Dh   _scaled_dot_product_flash_attention              no mask
-    a multiple of 8)             _scaled_dot_product_cudnn_attention              with a mask
+    CUDA, bf16 or fp16 (and Dh   _scaled_dot_product_cudnn_attention              masks
+    a multiple of 8)
     CUDA, all else               products of this file: exact, and slow           a block's scores are written out
 
 All take H query heads on Hkv key-value heads without repeating these. A key that a query may not see gets -1e30 added
@@ -54,10 +54,8 @@ def attend_with_lse(
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_bias(mask, q))
     elif not _fused(q):
         out, lse = _plain(q, k, v, causal, mask)
-    elif mask is None:
-        out, lse = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
     else:
-        out, lse = _aten._scaled_dot_product_cudnn_attention(q, k, v, _bias(mask, q), True)[:2]
+        out, lse = _aten._scaled_dot_product_cudnn_attention(q, k, v, _bias(mask, q), True, 0.0, causal)[:2]
         lse = lse.squeeze(-1)
     return out, lse
 
@@ -88,12 +86,8 @@ def attend_backward(
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)
     lengths = None, None, q.shape[2], k.shape[2], 0.0, causal
-    if mask is None:
-        flash = _aten._scaled_dot_product_flash_attention_backward
-        dq, dk, dv = flash(grad, q, k, v, out, lse, *lengths, seed, seed)
-    else:
-        cudnn = _aten._scaled_dot_product_cudnn_attention_backward
-        dq, dk, dv = cudnn(grad, q, k, v, out, lse[..., None], seed[0], seed[1], bias, *lengths)
+    cudnn = _aten._scaled_dot_product_cudnn_attention_backward
+    dq, dk, dv = cudnn(grad, q, k, v, out, lse[..., None], seed[0], seed[1], bias, *lengths)
     return dq, dk, dv
 
 

@@ -19,9 +19,6 @@ from .activations import activations, share_of
 from .expert_costs import DENSE, HEAD, flow, operators
 from .machine import Machine
 
-# On a GPU the ring runs kernels that return a log-sum-exp (`attention_kernels.py`). On two H200s they took 831 ms of a
-# step of 32,768 tokens (summary/07_3d_parallel.md), by these formulas 1.5 times what attention alone takes.
-RING = 1.5
 # What is kept is written and read again by kernels that do nothing else where no compiler fuses them. On two H100s
 # `dp=2 --zero 3` took 1,163 ms without compile (summary/07_3d_parallel.md); by these formulas, 3.3 times the bytes.
 EAGER = 3.3
@@ -74,8 +71,7 @@ def forward_work(run: RunConfig, layers: Collection[int], head: bool, skew: floa
     dense = replace(share, moe=None)
     attention = layer_matrix_parameters(dense) - mlp_parameters(dense)
     seen = train.seq_len * (1.0 if train.document_mask else 0.5)
-    slower = RING if train.device == "cuda" and mesh.cp > 1 and train.context == "ring" else 1.0
-    out = Work(0, len(layers) * 4 * share.num_heads * share.head_dim * seen * tokens * slower, 0, 0)
+    out = Work(0, len(layers) * 4 * share.num_heads * share.head_dim * seen * tokens, 0, 0)
     passes = EAGER if train.device == "cuda" and not train.compile else 1.0
     for number, experts in kinds(model, layers):
         each = activations(run, experts, skew)
