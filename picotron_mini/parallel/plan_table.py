@@ -89,8 +89,7 @@ def _columns(shown: Sequence[Prediction], width: int) -> list[_Column]:
         column("schedule", schedules, number=False),
         column("recompute", [train.recompute for train in trains], number=False),
     ]
-    plain = {"0", "no", "-", "none", "1"}
-    out += [each for each in changed if set(each.cells) - plain]
+    out += [each for each in changed if set(each.cells) - {"0", "no", "-", "none"}]
     most = [max(found.memory.items(), key=lambda item: item[1]) for found in shown]
     sent = [sum(by_axis(found).values()) / GIB for found in shown]
     return [

@@ -420,6 +420,24 @@ def test_the_table_fits_its_width(width: int) -> None:
     assert "NOTHING FITS" in shown(table(Plan(H100, 16, 9, 1, (), ranked[0]), width=width), width)
 
 
+@pytest.mark.parametrize("width", [60, 120])
+def test_no_two_rows_of_the_table_look_alike(width: int) -> None:
+    """What tells two layouts apart is shown, however narrow the terminal; ZeRO 0 and 1 alone too."""
+    for ranks in (2, 8):
+        result = plan(RunConfig(model=MODEL, train=TRAIN), ranks, H100)
+        columns = [column for column in table(result, 99, width).columns if str(column.header) in SETTINGS]
+        rows = list(zip(*(column._cells for column in columns), strict=True))
+        assert len(set(rows)) == len(rows) == min(99, len(result.ranked))
+    two = tuple(found for found in result.ranked if found.run.layout == "dp=8" and found.run.train.recompute == "none")[
+        :2
+    ]
+    assert {found.run.train.zero for found in two} == {0, 1}
+    assert "zero" in [column.header for column in table(replace(result, ranked=two), 99, width).columns]
+
+
+SETTINGS = ("layout", "micro-\nbatch", "zero", "seq.\npar.", "schedule", "recompute")
+
+
 # --- experts ----------------------------------------------------------------------------------------------
 
 
