@@ -217,6 +217,11 @@ class TrainConfig:
         """How many runs of layers a pipeline stage holds."""
         return self.virtual_stages if self.schedule == "interleaved" else 2 if self.schedule == "zb-v" else 1
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule does a backward in two halves: input gradients, and weight gradients later."""
+        return self.schedule in ("zb-h1", "zb-v")
+
     def freezes(self, name: str) -> bool:
         """Whether a parameter stays as it is: layers.1 freezes layers.1.mlp.up.weight, and not layers.10."""
         return any(f"{name}.".startswith(f"{start.rstrip('.')}.") for start in self.freeze)

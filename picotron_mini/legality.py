@@ -128,7 +128,7 @@ def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -
             f"{name} runs micro-batches in groups of pp={mesh.pp}, and micro_batches={train.micro_batches} is no "
             f"multiple of it; it could be {fits}"
         )
-    if train.schedule in ("zb-h1", "zb-v"):
+    if train.splits_backward:
         for setting, off in (("compile", False), ("recompute", "none"), ("loss_chunks", 1)):
             if (value := getattr(train, setting)) != off:
                 found.append(f"{name} splits each backward, and {setting}={value} makes it one; use {setting}={off}")

@@ -104,6 +104,12 @@ class _Linear(Function):
         return gradient @ ctx.weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
+def late_weights(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """The weights whose gradients come in the second half of a backward that is split: those of linear layers."""
+    linear = [each for module in modules for each in module.modules() if isinstance(each, nn.Linear)]
+    return {each.get_parameter("weight") for each in linear}
+
+
 def additions(module: nn.Module, split: bool) -> Counter[nn.Parameter]:
     """How often one backward of a module adds to the gradient of each of its parameters.
 

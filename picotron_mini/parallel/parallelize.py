@@ -37,7 +37,7 @@ from .compress import compression
 from .context import context_parallel
 from .cuda_graph import RecordedStep, own_stream
 from .data import GradientBuckets
-from .deferred import Deferred
+from .deferred import Deferred, late_weights
 from .expert import expert_parallel, expert_shard, is_expert, mixtures, of_one_shape
 from .hierarchical import Hierarchical
 from .routers import Routers
@@ -172,7 +172,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     # 1 pipeline, 2 expert, tensor, context
     chunks = _cut(run, mesh, device)
     # the weight gradients of linear layers on their own, where the schedule does them on their own
-    deferred = Deferred(chunks) if train.schedule in ("zb-h1", "zb-v") else None
+    deferred = Deferred(chunks) if train.splits_backward else None
 
     # 3 weights, 4 precision
     for chunk in chunks:
@@ -306,14 +306,14 @@ def _sharded(
         units = [[unit for unit in each if unit is not None] for each in all_units]
         return ShardedWeights(
             [unit for each in units for unit in each], axis, rows=rows, copies=copies, others=others,
-            chunks=[len(each) for each in units], counted=train.schedule in ("zb-h1", "zb-v"),
+            chunks=[len(each) for each in units], counted=train.splits_backward,
         )  # fmt: skip
     start = "last" if train.zero == 1 else "each"
-    size = train.bucket_mb * 2**20
+    size, late = train.bucket_mb * 2**20, late_weights(chunks) if train.splits_backward else set()
     groups = by_axis(parameters.values(), lambda p: others.get(p, axis))
     sharded = [
         (
-            ShardedGradients(alike(group), over, start=start, rows=rows, bucket_bytes=size, copies=copies[over]),
+            ShardedGradients(alike(group, late), over, start=start, rows=rows, bucket_bytes=size, copies=copies[over]),
             group,
         )
         for over, group in groups.items()

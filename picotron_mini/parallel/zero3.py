@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from ..collectives import Work, all_gather_several
 from ..mesh import Axis
 from ..model.gpt import GPT
+from .deferred import late_weights
 from .rows import Cut, alike, cut
 from .several import SeveralSharded, by_axis
 from .uses import Use
@@ -118,13 +119,11 @@ class ShardedWeights:
             unit = self._make(parameters, rows or {}, lambda p: others.get(p, axis))
             for place in places:
                 self.units[place] = unit
-        # if counted, what a backward's second half makes is apart, so that nothing whole is kept between the halves
-        late = {m.weight for each in modules for m in each.modules() if counted and isinstance(m, nn.Linear)}
+        late = late_weights(modules) if counted else set()
         groups: dict[Axis, list[list[nn.Parameter]]] = {}
         for unit in dict.fromkeys(self.units):
             for (cuts, _), over in zip(unit.buffers, unit.axes, strict=True):
-                parts = ([c.parameter for c in cuts if (c.parameter in late) == second] for second in (False, True))
-                groups.setdefault(over, []).extend(part for part in parts if part)
+                groups.setdefault(over, []).extend(alike([each.parameter for each in cuts], late))
         self.gradients = SeveralSharded(
             (
                 ShardedGradients(

@@ -24,7 +24,7 @@ from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.gpt import parameter_shapes
 from picotron_mini.monitoring.placement import held
 from picotron_mini.parallel import zero
-from picotron_mini.parallel.deferred import Deferred, additions
+from picotron_mini.parallel.deferred import Deferred, additions, late_weights
 from picotron_mini.parallel.footprint import footprint
 from picotron_mini.parallel.gather import gather
 from picotron_mini.parallel.parallelize import layout_of, parallelize
@@ -476,7 +476,7 @@ def test_late_weight_gradients_are_reduced_when_they_are_there_and_need_no_weigh
     ]  # fmt: skip
 
 
-def between_halves() -> tuple[list[int], float]:
+def between_halves(stage: int) -> tuple[list[int], float]:
     """In a rank: how many buckets hold whole gradients after I0, I1, W0 and W1; and the error of all sums."""
     torch.manual_seed(0)
     plain = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)]
@@ -484,7 +484,13 @@ def between_halves() -> tuple[list[int], float]:
     units = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)]
     batches = [torch.rand(2, 4), torch.rand(2, 4)]
     deferred = Deferred(units)
-    sharded = ShardedWeights(units, axis_of_world(), counted=True)
+    sharded: ShardedWeights | ShardedGradients
+    if stage == 3:
+        sharded = ShardedWeights(units, axis_of_world(), counted=True)
+        (reducer,) = sharded.gradients.reducers
+    else:
+        groups = alike((p for unit in units for p in unit.parameters()), late_weights(units))
+        sharded = reducer = ShardedGradients(groups, axis_of_world(), start="each")
     sharded.arm(sum((additions(unit, True) for unit in units), Counter()))
     held, waiting = [], []
 
@@ -494,7 +500,7 @@ def between_halves() -> tuple[list[int], float]:
         return x.square().sum()
 
     def note() -> None:
-        held.append(sum(bucket.whole is not None for bucket in sharded.gradients.reducers[0].buckets))
+        held.append(sum(bucket.whole is not None for bucket in reducer.buckets))
 
     for batch in batches:
         with deferred.collecting() as products:
@@ -515,10 +521,27 @@ def between_halves() -> tuple[list[int], float]:
     return held, float(max(errors))
 
 
-def test_no_whole_gradient_is_kept_between_the_halves_of_a_backward(ranks: Ranks) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_no_whole_gradient_is_kept_between_the_halves_of_a_backward(ranks: Ranks, stage: int) -> None:
     """Two backwards may begin before the first weight gradient is made: norms and matrices are counted apart."""
-    for whole, error in ranks(between_halves, world_size=2):
+    for whole, error in ranks(between_halves, stage, world_size=2):
         assert whole == [0, 0, 0, 0] and error < 1e-5
+
+
+def in_one_bucket(schedule: str) -> list[set[bool]]:
+    """In a rank, under ZeRO 2: of each bucket, whether its gradients come in the second half of a backward."""
+    model = ModelConfig(vocab_size=8, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2)
+    train = TrainConfig(zero=2, schedule=schedule, micro_batches=2, device="cpu")  # type: ignore[arg-type]
+    run = resolve(RunConfig(layout="dp=2", model=model, train=train))
+    parallel = parallelize(run, Mesh.build(run.mesh), torch.device("cpu"))
+    late = late_weights(parallel.chunks)
+    assert isinstance(parallel.gradients, ShardedGradients)
+    return [{each.parameter in late for each in bucket.cuts} for bucket in parallel.gradients.buckets]
+
+
+def test_buckets_of_zero_2_mix_no_halves_of_a_backward(ranks: Ranks) -> None:
+    assert all(len(kinds) == 1 for kinds in ranks(in_one_bucket, "zb-h1", world_size=2)[0])
+    assert ranks(in_one_bucket, "1f1b", world_size=2)[0] == [{True, False}]
 
 
 def reductions_at_once(stage: int, micro_batches: int) -> tuple[int, int]:
