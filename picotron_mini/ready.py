@@ -106,7 +106,7 @@ def _prepare(run: RunConfig) -> Prepared:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done)
 
-        return prepare(run.data, run.train.seed, Path(run.out) / ".cache", progress)
+        return prepare(run.data, Path(run.out) / ".cache", progress)
 
 
 def start_folder(ready: ReadyRun) -> None:

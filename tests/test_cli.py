@@ -70,7 +70,7 @@ EVERYTHING = RunConfig(
             aux_weight=0.5, aux_scope="sequence", z_weight=0.1, bias_rate=0.01,
         ),
     ),
-    data=DataConfig(text=("a.txt", "b"), tokenizer="other.json", tokenizer_size=999, val_fraction=0.25),
+    data=DataConfig(text=("a.txt", "b"), tokenizer="other.json", tokenizer_size=999, val_fraction=0.25, val_seed=3),
     train=TrainConfig(
         steps=7, seq_len=33, batch_size=6, micro_batch_size=3, micro_batches=2, schedule="afab", optimizer="sgd",
         lr=0.5, min_lr_ratio=0.5, lr_schedule="wsd", warmup_steps=1, weight_decay=0.3, beta1=0.8, beta2=0.99,

@@ -24,5 +24,5 @@ def tiny_loader(seq_len: int, batch_size: int, *, seed: int = 0, shuffle: bool =
         (folder / "text").mkdir()
         for n, document in enumerate(DOCUMENTS):
             (folder / "text" / f"{n:03}.txt").write_text(document)
-        prepared = loader.prepare(DataConfig(text=(str(folder / "text"),)), seed, folder / "cache")
+        prepared = loader.prepare(DataConfig(text=(str(folder / "text"),)), folder / "cache")
         yield loader.Loader(prepared, "train", seq_len, batch_size, seed, shuffle)

@@ -4,7 +4,7 @@
                   tokenizer.json  tokenizer_config.json
                   prepared.json              counts and digests
 
-`key` is a digest of all that decides the ids: the text, the tokenizer, the share held out and the seed. The
+`key` is a digest of all that decides the ids: the text, the tokenizer, the share held out and its seed. The
 same text and settings find the folder again; a changed file is another key. The folder is written under a
 temporary name and renamed, so that a run that is killed leaves nothing half made, and its digests are checked
 at each use, so that a flipped bit is found and not learned.
@@ -66,7 +66,7 @@ class Prepared:
         return load_tokenizer(self.folder)
 
 
-def prepare(data: DataConfig, seed: int, cache_dir: Path | str, progress: Progress | None = None) -> Prepared:
+def prepare(data: DataConfig, cache_dir: Path | str, progress: Progress | None = None) -> Prepared:
     """Read, split, tokenise and store a text, or find it done. Call it once, in the parent process.
 
     A stored folder that is damaged is built again, after a RuntimeWarning that names it.
@@ -81,7 +81,7 @@ def prepare(data: DataConfig, seed: int, cache_dir: Path | str, progress: Progre
     else:
         ready = byte_tokenizer() if data.tokenizer == "bytes" else load_tokenizer(data.tokenizer)
         identity = ready.sha256()
-    decides = [FORMAT, corpus.sha256, identity, data.val_fraction, seed]
+    decides = [FORMAT, corpus.sha256, identity, data.val_fraction, data.val_seed]
     folder = Path(cache_dir) / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
@@ -92,7 +92,7 @@ def prepare(data: DataConfig, seed: int, cache_dir: Path | str, progress: Progre
                 warnings.warn(f"the tokens in {folder} are damaged ({error}); building them again", RuntimeWarning, 2)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _build(partial, corpus, data, seed, ready, progress or (lambda stage, done, total: None))
+        _build(partial, corpus, data, ready, progress or (lambda stage, done, total: None))
         shutil.rmtree(folder, ignore_errors=True)
         try:
             partial.rename(folder)
@@ -106,10 +106,8 @@ def prepare(data: DataConfig, seed: int, cache_dir: Path | str, progress: Progre
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _build(
-    folder: Path, corpus: Corpus, data: DataConfig, seed: int, ready: Tokenizer | None, progress: Progress
-) -> None:
-    train, val = split_documents(corpus, data.val_fraction, seed)
+def _build(folder: Path, corpus: Corpus, data: DataConfig, ready: Tokenizer | None, progress: Progress) -> None:
+    train, val = split_documents(corpus, data.val_fraction, data.val_seed)
     parts = {"train": train, "val": val}
     sizes = {name: part.total_bytes for name, part in parts.items()}
     done, total = 0, sum(sizes.values())

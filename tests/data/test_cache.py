@@ -34,7 +34,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_what_is_stored(data: DataConfig, tmp_path: Path) -> None:
-    prepared = prepare(data, 0, tmp_path / "cache")
+    prepared = prepare(data, tmp_path / "cache")
     tokenizer = prepared.load_tokenizer()
     assert (prepared.vocab_size, prepared.end) == (tokenizer.vocab_size, tokenizer.end) == (300, 299)
     assert tokenizer.sha256() == prepared.tokenizer_sha256
@@ -51,25 +51,25 @@ def test_what_is_stored(data: DataConfig, tmp_path: Path) -> None:
 
 
 def test_second_call_finds_it(data: DataConfig, tmp_path: Path, builds: list[Path]) -> None:
-    first = prepare(data, 0, tmp_path / "cache")
+    first = prepare(data, tmp_path / "cache")
     Path(data.text[0]).rename(tmp_path / "moved")  # the same text from elsewhere
     moved = replace(data, text=(str(tmp_path / "moved"),))
-    assert prepare(moved, 0, tmp_path / "cache") == replace(first, source=str(tmp_path / "moved"))
+    assert prepare(moved, tmp_path / "cache") == replace(first, source=str(tmp_path / "moved"))
     assert len(builds) == 1
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(first.folder).name]
 
 
-@pytest.mark.parametrize("change", ["seed", "val_fraction", "tokenizer", "tokenizer_size", "text"])
+@pytest.mark.parametrize("change", ["val_seed", "val_fraction", "tokenizer", "tokenizer_size", "text"])
 def test_whatever_decides_the_tokens_is_in_the_key(
     data: DataConfig, tmp_path: Path, builds: list[Path], change: str
 ) -> None:
-    first = prepare(data, 0, tmp_path / "cache")
-    changes = {"val_fraction": 0.3, "tokenizer": "bytes", "tokenizer_size": 290}
+    first = prepare(data, tmp_path / "cache")
+    changes = {"val_seed": 1, "val_fraction": 0.3, "tokenizer": "bytes", "tokenizer_size": 290}
     if change in changes:
         data = replace(data, **{change: changes[change]})
     if change == "text":
         (Path(data.text[0]) / "00.txt").write_text("another text\n")
-    other = prepare(data, 1 if change == "seed" else 0, tmp_path / "cache")
+    other = prepare(data, tmp_path / "cache")
     assert len(builds) == 2 and other.folder != first.folder and other.files != first.files
 
 
@@ -78,7 +78,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(
 def test_damage_is_found_told_and_repaired(
     data: DataConfig, tmp_path: Path, builds: list[Path], name: str, damage: str
 ) -> None:
-    first = prepare(data, 0, tmp_path / "cache")
+    first = prepare(data, tmp_path / "cache")
     path = Path(first.folder) / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -86,38 +86,38 @@ def test_damage_is_found_told_and_repaired(
     if damage == "remove":
         path.unlink()
     with pytest.warns(RuntimeWarning, match=rf"{Path(first.folder).name} are damaged .*building them again"):
-        assert prepare(data, 0, tmp_path / "cache") == first
+        assert prepare(data, tmp_path / "cache") == first
     assert len(builds) == 2
-    assert prepare(data, 0, tmp_path / "cache") == first
+    assert prepare(data, tmp_path / "cache") == first
     assert len(builds) == 2
 
 
 def test_a_number_that_was_edited_is_damage_too(data: DataConfig, tmp_path: Path) -> None:
-    first = prepare(data, 0, tmp_path / "cache")
+    first = prepare(data, tmp_path / "cache")
     record = Path(first.folder) / "prepared.json"
     record.write_text(record.read_text().replace('"end": 299', '"end": 298'))
     with pytest.warns(RuntimeWarning, match=r"prepared\.json has changed"):
-        assert prepare(data, 0, tmp_path / "cache") == first
+        assert prepare(data, tmp_path / "cache") == first
 
 
 def test_bpe_is_trained_on_the_training_documents_only(data: DataConfig, tmp_path: Path) -> None:
     train, val = split_documents(load_corpus(data.text), data.val_fraction, 0)
-    digest = prepare(data, 0, tmp_path / "cache").tokenizer_sha256
+    digest = prepare(data, tmp_path / "cache").tokenizer_sha256
     assert digest == train_bpe(train.documents, 300).sha256()
     assert digest != train_bpe(train.documents + val.documents, 300).sha256()
 
 
 def test_folder_that_is_a_file_is_replaced_with_words(data: DataConfig, tmp_path: Path) -> None:
-    first = prepare(data, 0, tmp_path / "cache")
+    first = prepare(data, tmp_path / "cache")
     with pytest.raises(UserError, match=r"cannot use .* for the tokens"):
-        prepare(data, 0, Path(first.folder) / "train.npy")
+        prepare(data, Path(first.folder) / "train.npy")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_no_permission_is_told(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(UserError, match=r"cannot use .*Permission denied"):
-        prepare(data, 0, tmp_path / "locked" / "cache")
+        prepare(data, tmp_path / "locked" / "cache")
 
 
 def test_nothing_half_made_is_left(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +126,9 @@ def test_nothing_half_made_is_left(data: DataConfig, tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(np, "save", stop)
-        prepare(data, 0, tmp_path / "cache")
+        prepare(data, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
-    prepare(data, 0, tmp_path / "cache")
+    prepare(data, tmp_path / "cache")
 
 
 def test_two_processes_at_once_end_with_one_folder(
@@ -138,36 +138,36 @@ def test_two_processes_at_once_end_with_one_folder(
 
     def other_was_faster(self: Path, target: Path) -> Path:
         monkeypatch.setattr(Path, "rename", rename)
-        winner = prepare(data, 0, tmp_path / "cache2")
+        winner = prepare(data, tmp_path / "cache2")
         Path(winner.folder).rename(target)
         return rename(self, target)  # fails: the folder is there and not empty
 
     monkeypatch.setattr(Path, "rename", other_was_faster)
-    prepared = prepare(data, 0, tmp_path / "cache")
+    prepared = prepare(data, tmp_path / "cache")
     assert Path(prepared.folder).parent == tmp_path / "cache"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(prepared.folder).name]
 
 
 def test_progress_reaches_the_end(data: DataConfig, tmp_path: Path) -> None:
     said: list[tuple[str, int, int]] = []
-    prepared: Prepared = prepare(data, 0, tmp_path / "cache", lambda *what: said.append(what))
+    prepared: Prepared = prepare(data, tmp_path / "cache", lambda *what: said.append(what))
     assert said[0] == ("training the tokenizer", 0, prepared.text_bytes)
     assert said[-1] == ("tokenising", prepared.text_bytes, prepared.text_bytes)
     assert [done for _, done, _ in said] == sorted(done for _, done, _ in said)
 
 
 def test_any_tokenizer_file(data: DataConfig, tmp_path: Path) -> None:
-    trained = prepare(data, 0, tmp_path / "cache")
+    trained = prepare(data, tmp_path / "cache")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        named = prepare(replace(data, tokenizer=f"{trained.folder}/tokenizer.json"), 0, tmp_path / "cache")
+        named = prepare(replace(data, tokenizer=f"{trained.folder}/tokenizer.json"), tmp_path / "cache")
     assert named.files == trained.files and named.folder != trained.folder
     with pytest.raises(UserError, match="'nothing' does not exist"):
-        prepare(replace(data, tokenizer="nothing"), 0, tmp_path / "cache")
+        prepare(replace(data, tokenizer="nothing"), tmp_path / "cache")
 
 
 def test_large_vocabularies_need_four_bytes(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = cache.byte_tokenizer()
     big.vocab_size = (1 << 16) + 1
     monkeypatch.setattr(cache, "byte_tokenizer", lambda: big)
-    assert prepare(replace(data, tokenizer="bytes"), 0, tmp_path / "cache").tokens("val").dtype == np.uint32
+    assert prepare(replace(data, tokenizer="bytes"), tmp_path / "cache").tokens("val").dtype == np.uint32

@@ -17,7 +17,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     for i in range(40):
         (folder / f"{i:02}.txt").write_text("".join(f"{i} and {j}\n" for j in range(10 + i)))
     data = DataConfig(text=(str(folder),), tokenizer="bytes", val_fraction=0.2)
-    return prepare(data, 0, tmp_path_factory.mktemp("cache"))
+    return prepare(data, tmp_path_factory.mktemp("cache"))
 
 
 def same(a: Batch, b: Batch) -> bool:

@@ -107,7 +107,7 @@ def splits() -> None:
     by_document, by_row = [], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(5):
-            prepared = prepare(DataConfig(tokenizer="bpe"), seed, folder)
+            prepared = prepare(DataConfig(tokenizer="bpe", val_seed=seed), folder)
             model = prepared.vocab_size, prepared.load_tokenizer().token_bytes()
             parts = prepared.tokens("train"), prepared.tokens("val")
             by_document.append(bigram_bits_per_byte(*parts, *model))
@@ -144,7 +144,7 @@ def main() -> None:
     print(f"load of the machine before: {os.getloadavg()[0]:.1f}")
     tokenising()
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(DataConfig(tokenizer="bpe"), 0, folder)
+        prepared = prepare(DataConfig(tokenizer="bpe"), folder)
         reading(prepared)
         if Path("/proc/self/smaps_rollup").exists():
             print(f"\nmemory that a stream of {2 * prepared.train_tokens / 1e6:.1f} MB adds to each of 4 ranks")
