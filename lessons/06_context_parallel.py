@@ -390,15 +390,15 @@ assert entries == ["send", "attend", "wait"] * 2 + ["attend"]
 for name, flops, link in (
     ("50 GB/s, a network card", 400e12, 50e9),
     ("450 GB/s, links in a machine", 400e12, 450e9),
-    ("198 GB/s and 286 TFLOP/s, measured", 286e12, 198e9),
+    ("182 GB/s and 424 TFLOP/s, measured", 424e12, 182e9),
 ):
     C = llama.num_kv_heads / llama.num_heads * flops / link
     print(f"{name}: C = {C:,.0f}, so {2 * C:,.0f} tokens a rank")
 
 # %% [markdown]
 # The 400 TFLOP/s of the kernel and the two links are assumptions. The third line is from the row of 32,768 tokens in
-# the [table](../summary/07_3d_parallel.md#measured-performance), a ring of two H200s: 22.5 GB sent in 114 ms, and 238
-# TFLOP (two forwards, one backward, the unmasked half) in the 831 ms of its attention kernels. Put in yours.
+# the [table](../summary/07_3d_parallel.md#measured-performance), a ring of two H200s: 22.5 GB sent in 124 ms, and 238
+# TFLOP (two forwards, one backward, the unmasked half) in the 561 ms of its attention kernels. Put in yours.
 #
 # ## A causal mask makes ranks idle
 #
@@ -837,7 +837,8 @@ kill("06.probabilities_of_one_block", my_test)
 #
 # What has been checked there: on one H100, with torch 2.11, the fused kernels' forward and backward of a block agree
 # with float64, with and without a mask (49 tests; the log is in the [write-up](../summary/06_context_parallel.md)), and
-# on two of them ring and Ulysses are equal to one device in float32. In float32 the library uses no fused kernel on a
+# on two of them ring and Ulysses are equal to one device in float32; on two H200s the same tests, with cuDNN's kernels for
+# every block, and both ways in bf16. In float32 the library uses no fused kernel on a
 # GPU: plain products write a block's scores out, exact, slow, for proofs.
 #
 # This chapter's closing run, on two H200s with torch 2.11:
@@ -850,8 +851,8 @@ kill("06.probabilities_of_one_block", my_test)
 #
 # It works, and nobody should train like this: sequences of 1,024 tokens do fit, the ring cuts each layer's attention
 # into small pieces with messages in between, and `dp=2 --zero 2` made three to four times the speed. Context
-# parallelism is for sequences that do not fit. With the `bench` preset at 32,768 tokens two GPUs reach an MFU of 37 %
-# by the ring; that counts the masked half of attention, as is usual, and without it they reach 25 %.
+# parallelism is for sequences that do not fit. With the `bench` preset at 32,768 tokens two GPUs reach an MFU of 46 %
+# by the ring; that counts the masked half of attention, as is usual, and without it they reach 31 %.
 #
 # ## What to read next
 #
