@@ -18,10 +18,13 @@ import torch
 from picotron_mini.bench import bench
 from picotron_mini.config import UserError
 from picotron_mini.launch import RankError
+from picotron_mini.model.moe import Router
 from picotron_mini.presets import preset
-from picotron_mini.verify import MODEL, TRAIN, verify
+from picotron_mini.verify import EXPERTS, MODEL, TRAIN, verify
 
 Row = tuple[str, str, dict[str, object]]  # "verify" or "bench", the layout, settings
+# Routing at its worst: half of the choices find no room; or all tokens choose one expert, and the others have no row.
+ROUTING = {"capacity": replace(EXPERTS, capacity=0.5), "one_expert": replace(EXPERTS, top_k=1, normalize=False)}
 SAVING = {"recompute": "full", "loss_chunks": 8}
 
 
@@ -86,11 +89,35 @@ def on_several(gpus: int) -> list[Row]:
             if not same and (dtype == "bfloat16" or not narrow) and row not in out:
                 out.append(row)
         out.append(("bench", layout, settings))
+    for routing in ROUTING:
+        for more in ({}, {"dispatch_parts": 2}, {"dispatch": "allgather"}, {"dispatch": "allgather", **graph}):
+            narrow_too = ("bfloat16",) if "cuda_graph" in more else ("float32", "bfloat16")
+            few = {"micro_batch_size": 1, "micro_batches": 2 * gpus, "compile": True, "routing": routing}
+            out += [("verify", f"{dp},{ep}", {"dtype": dtype, **more, **few}) for dtype in narrow_too]
     return out
 
 
-def verified(layout: str, **train: object) -> dict[str, object]:
-    report = verify(layout, MODEL, replace(TRAIN, device="cuda", **train), gpus=torch.cuda.device_count())
+def prefer_one_expert() -> None:
+    """From here on every router of this process chooses expert 0."""
+    plain = Router.forward
+
+    def leaning(self: Router, x: torch.Tensor) -> torch.Tensor:
+        logits = plain(self, x)
+        return logits + 5.0 * (torch.arange(logits.shape[-1], device=logits.device) == 0)
+
+    Router.forward = leaning  # type: ignore[method-assign]
+
+
+def verified(layout: str, routing: str = "", device: str = "cuda", **train: object) -> dict[str, object]:
+    model = replace(MODEL, moe=ROUTING[routing]) if routing else MODEL
+    patch, plain = prefer_one_expert if routing == "one_expert" else None, Router.forward
+    if patch:  # in the ranks, and in the reference, which runs here
+        patch()
+    try:
+        settings = replace(TRAIN, device=device, **train)
+        report = verify(layout, model, settings, patch=patch, gpus=torch.cuda.device_count())
+    finally:
+        Router.forward = plain  # type: ignore[method-assign]
     print(f"    ok={report.ok} max_rel_err={report.max_rel_err:.1e}", flush=True)
     for d in report.differences:
         print(f"    {d.quantity}: {d.error:.2e}, allowed {d.tolerance:.2e} ({d.where})", flush=True)
