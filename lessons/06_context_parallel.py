@@ -837,9 +837,9 @@ kill("06.probabilities_of_one_block", my_test)
 #
 # What has been checked there: on one H100, with torch 2.11, the fused kernels' forward and backward of a block agree
 # with float64, with and without a mask (49 tests; the log is in the [write-up](../summary/06_context_parallel.md)), and
-# on two of them ring and Ulysses are equal to one device in float32; on two H200s the same tests, with cuDNN's kernels for
-# every block, and both ways in bf16. In float32 the library uses no fused kernel on a
-# GPU: plain products write a block's scores out, exact, slow, for proofs.
+# on two of them ring and Ulysses are equal to one device in float32. On two H200s so are they in bf16, within what it
+# allows, with cuDNN's kernels for every block. In float32 the library uses no fused kernel on a GPU: plain products
+# write a block's scores out, exact, slow, for proofs.
 #
 # This chapter's closing run, on two H200s with torch 2.11:
 #

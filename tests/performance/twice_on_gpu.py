@@ -1,9 +1,9 @@
 """The same layout, run twice to the bit: `python tests/performance/twice_on_gpu.py [--only TEXT ...]`.
 
-With deterministic algorithms loss, gradients and weights of both runs must be equal to the bit, in float32 and in bf16,
-with blocks compiled where the schedule allows; where a run is recorded (`cuda_graph`), also to one that is not. Uses all
-the GPUs there are. Both runs are launches of their own, one for all settings of a layout; `--only` runs the layouts that
-begin so, as `--only pp cp`. cuBLAS wants a workspace of its own for equal bits, which is set here.
+With deterministic algorithms loss, gradients and weights of both runs must be equal to the bit, in float32 and in
+bf16, with blocks compiled where the schedule allows; where a run is recorded (`cuda_graph`), also to one that is not.
+Uses all the GPUs there are. Both runs are launches of their own, one for all settings of a layout; `--only` runs the
+layouts that begin so, as `--only pp cp`. cuBLAS wants a workspace of its own for equal bits, which is set here.
 """
 
 from __future__ import annotations
