@@ -1053,11 +1053,12 @@ kill("03.last_micro_batch_only", my_zero_test)
 #
 # 292 million parameters on CPython's own text, all 60 steps in 31 s, compiling included. Of the 16.2 GiB only 2.7 are
 # weights, masters, moments and gradients: can you say which of them are halves? The
-# [write-up](../summary/03_data_parallel.md#performance) has the log, and what each stage of ZeRO costs in speed.
+# [write-up](../summary/03_data_parallel.md#measured-performance) has the log, and what each stage of ZeRO costs in
+# speed.
 #
 # ## What to read next
 #
-# - The write-up of this chapter: decisions, what was tried and dropped, measurements.
+# - [The write-up](../summary/03_data_parallel.md): decisions, what was tried and dropped, measurements.
 # - [Questions](../interview_questions/03_data_parallel.md), from warm-up to design, with proofs that run.
 # - *PyTorch Distributed: Experiences on Accelerating Data Parallel Training* (arXiv 2006.15704): DDP's own paper.
 # - *ZeRO* (arXiv 1910.02054) and *PyTorch FSDP* (arXiv 2304.11277).

@@ -227,12 +227,12 @@ def layout_for(tp: int) -> Layout:
 
 
 layout = layout_for(2)
-print(f"{'parameter':28}{'global shape':>14}{'cut':>7}{'on rank 1':>12}")
+print(f"{'parameter':32}{'global shape':>14}{'cut':>7}{'on rank 1':>12}")
 for name, place in layout.items():
     if name.startswith(("embed", "layers.0", "norm", "head")):
         dim = sharded_dim(name)
         local = list(place.local_shape(coordinates(MeshShape(tp=2), 1)))
-        print(f"{name:28}{list(place.shape)!s:>14}{'-' if dim is None else f'dim {dim}':>7}{local!s:>12}")
+        print(f"{name:32}{list(place.shape)!s:>14}{'-' if dim is None else f'dim {dim}':>7}{local!s:>12}")
 assert layout["layers.0.mlp.down.weight"].shards[0].dim == 1
 
 # %% [markdown]
@@ -1015,8 +1015,10 @@ assert amounts[4] > amounts[1] / 4 * 1.3
 # - The **exit** has a term of the sum for all tokens, and each rank wants the sum for its own tokens only: that is a
 #   reduce_scatter, the first half of the all_reduce that was there.
 #
-# $$[B, \tfrac{T}{n}, D] \xrightarrow{\text{all\_gather}} [B, T, D] \xrightarrow{\text{pair}} \text{terms of } [B, T, D]
-# \xrightarrow{\text{reduce\_scatter}} [B, \tfrac{T}{n}, D]$$
+# ```text
+# [B, T/n, D]  --all_gather-->  [B, T, D]  --the two products-->  terms of [B, T, D]
+#                                          --reduce_scatter-->    [B, T/n, D]
+# ```
 #
 # And an all_reduce *is* a reduce_scatter and an all_gather (chapter 00). The exit does the first half, the next entry
 # the second, and the norm runs between them, on a part of the tokens. Backward they change roles, as a conjugate pair

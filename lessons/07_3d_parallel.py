@@ -32,6 +32,7 @@
 
 # %%
 import inspect
+import textwrap
 from dataclasses import replace
 
 import torch
@@ -318,7 +319,7 @@ report_run = resolve(
 for name in ("embed.weight", "layers.0.mlp.up.weight", "layers.0.mlp_norm.weight"):
     place = layout_of(report_run)[name]
     cuts = ", ".join(f"dim {s.dim} over {s.axis}" for s in place.shards)
-    print(f"{name:26} stages {place.stages!s:7} cut: {cuts:26} summed over {', '.join(place.sum_axes)}")
+    print(f"{name:26} stages {place.stages!s:7} cut: {cuts:32} summed over {', '.join(place.sum_axes)}")
 
 # %% [markdown]
 # Three different lines. The matrix is summed over the axes that share out tokens, dp and cp. The norm also over tp,
@@ -486,7 +487,7 @@ for name, each in zip(CHOSEN, runs, strict=True):
 # own clock. The rates belong to a *machine*:
 
 # %% tags=["nbval-ignore-output"]
-print(gpu.source)
+print(textwrap.fill(gpu.source, 96))
 
 # %%
 legal, ranked = 0, []

@@ -79,7 +79,7 @@ def test_pages_of_a_chapter_know_each_other(repository: Path, tmp_path: Path) ->
     ) in (docs / "summary/00_ring.md").read_text()
     assert "[All chapters' questions](index.md)" in (docs / "interview_questions/00_ring.md").read_text()
     module = (docs / "api/ring.md").read_text()
-    assert "Taught in [00 ring](../lessons/00_ring.md)." in module and "::: picotron_mini.ring" in module
+    assert "Taught in [Ring](../lessons/00_ring.md)." in module and "::: picotron_mini.ring" in module
     assert "| [ring](ring.md) | A ring. |" in (docs / "api/index.md").read_text()
     assert chapters(repository) == ["00_ring"]
 
@@ -150,6 +150,12 @@ def test_a_notebook_that_cannot_be_shown_is_refused(tmp_path: Path, cell: nbform
         to_markdown(path, tmp_path / "out")
 
 
+def test_sentences_are_wrapped_and_columns_are_not(tmp_path: Path) -> None:
+    for printed, kind in (("a word " * 30, "{.text .output .prose}"), ("a   1 " * 30, "{.text .output}")):
+        path = notebook(tmp_path / "00_ring.ipynb", code("f()", v4.new_output("stream", text=f"one\n  {printed}\n")))
+        assert f"```{kind}\n" in to_markdown(path, tmp_path / "out")
+
+
 def test_a_fence_is_longer_than_those_inside() -> None:
     assert fenced("```\nx\n```\n", "text") == "````text\n```\nx\n```\n````"
 
@@ -157,10 +163,24 @@ def test_a_fence_is_longer_than_those_inside() -> None:
 def test_formulas_become_mathml() -> None:
     page = render(r'<p><span class="arithmatex">\(a &lt; \frac{1}{2}\)</span></p><div class="arithmatex">\[x\]</div>')
     assert page.startswith('<p><span class="formula"><math') and "<mfrac>" in page and "&#x0003C;" in page
+    page += render(r'<p>(<span class="arithmatex">\(x\)</span>), <span class="arithmatex">\(y\)</span> z</p>')
+    assert (
+        '<span class="together">(<span class="formula">' in page and '</span>),</span> <span class="formula">' in page
+    )
     assert '<div class="formula"><math' in page and 'display="block"' in page and "arithmatex" not in page
 
 
-@pytest.mark.parametrize("latex", [r"\foo{x}", r"\begin{aligned} a &= b \end{aligned}", r"\left( x", "{"])
+@pytest.mark.parametrize(
+    "latex",
+    [
+        r"\foo{x}",
+        r"\begin{aligned} a &= b \end{aligned}",
+        r"\left( x",
+        "{",
+        r"\text{all\_gather}",
+        r"a \xrightarrow{b} c",
+    ],
+)
 def test_a_formula_that_would_be_drawn_wrong_is_refused(latex: str) -> None:
     with pytest.raises(UserError, match="cannot be shown"):
         formula(latex, block=True)

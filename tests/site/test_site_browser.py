@@ -269,6 +269,13 @@ def test_questions_are_filtered_by_keyboard_and_by_address(reader: Reader) -> No
     page.evaluate("location.hash = '#chapter=00&level=warm-up,advanced'")
     page.wait_for_function("document.querySelector('[value=advanced]').checked")
     assert {chapter for chapter, _ in shown(reader)} == {"00"} and "warm-up" in {level for _, level in shown(reader)}
+    page.evaluate(
+        "location.hash = '#' + document.querySelector('[data-chapter=\"03\"]').parentNode.querySelector('h2').id"
+    )
+    page.wait_for_function("document.querySelectorAll('.filter :checked').length === 0")
+    assert shown(reader) == everything, "a link to a chapter that was not chosen shows it"
+    expect(page.locator("article h2", has_text="03 ")).to_be_in_viewport()
+    page.get_by_label("design", exact=True).check()
     page.get_by_text("Show all").focus()
     page.keyboard.press("Enter")
     page.wait_for_function("!location.hash")

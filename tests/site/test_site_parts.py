@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from picotron_mini.config import UserError
+from picotron_mini.course.site import glossary
 from picotron_mini.course.site.assemble import assemble
 from picotron_mini.course.site.chapters import PLAN, Chapter, chapters
 from picotron_mini.course.site.glossary import PAGE, Term, link_terms, terms
@@ -119,6 +120,7 @@ KNOWN = [
     Term(("MFU",), "mfu", "Flops."),
     Term(("process",), "process", "It runs."),
     Term(("process group",), "process-group", "Ranks."),
+    Term(("ZeRO",), "zero", "Cut states."),
 ]
 
 
@@ -158,12 +160,27 @@ def test_the_first_use_of_a_term_is_linked() -> None:
         '<svg><text>rank</text><title>rank</title><path d="M0 0"/></svg>',
         '<img alt="rank" src="x">',
         "<!-- rank -->",
+        "<p>from zero, all zeros</p>",
         "<p>a mfu, ranking, frank, rank-local, process-group, rank.py</p>",
         "<p>&lt;x&gt; &#8211; &nbsp;<br></p>",
     ],
 )
 def test_nothing_else_is_touched(page: str) -> None:
     assert link_terms(page, KNOWN, "g.html") == page
+
+
+def test_a_word_is_a_term_in_its_chapters_only() -> None:
+    """The capacity of a cache is no capacity of an expert."""
+    known = [Term(("capacity",), "capacity", "Rows of an expert."), Term(("rank",), "rank", "One process.")]
+    for chapter, words in (("08", ["capacity", "rank"]), ("01", ["rank"])):
+        page = link_terms("<p>capacity, rank</p>", known, "g.html", chapter)
+        assert re.findall(r'<a class="term"[^>]*>(\w+)</a>', page) == words
+    assert linked("<p>ZeRO, from zero</p>") == "<p>{ZeRO}, from zero</p>"
+
+
+def test_words_of_some_chapters_are_in_the_glossary() -> None:
+    found = {term.spellings[0] for term in terms((ROOT / PAGE).read_text())}
+    assert set(glossary._ONLY) <= found
 
 
 def test_after_code_terms_are_linked_again() -> None:
@@ -271,11 +288,13 @@ def test_all_questions_are_on_one_page(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Home\n")
     assert collected(tmp_path) == ""
     for stem in ("00_ring", "07_star"):
-        (tmp_path / f"interview_questions/{stem}.md").write_text(QUESTIONS)
+        named = QUESTIONS.replace("# Questions: ring", f"# {stem[:2]} A {stem[3:]} of 3D: questions", 1)
+        (tmp_path / f"interview_questions/{stem}.md").write_text(named)
     assemble(tmp_path, tmp_path / "out")
     page = (tmp_path / "out/interview_questions/index.md").read_text()
     assert "search: { exclude: true }" in page
-    assert "## 00 Ring\n" in page and "## 07 Star\n" in page
+    for name in ("00 A ring of 3D", "07 A star of 3D"):  # as the chapter has it, capitals too
+        assert f"## {name}\n" in page and f"> {name}</label>" in page
     assert page.count('<details class="asked"') == 4
     assert (
         '<details class="asked" data-chapter="07" data-level="design" markdown="1">\n<summary markdown="span">' in page
@@ -411,6 +430,15 @@ def test_a_page_can_be_edited_where_the_repository_is_known(tmp_path: Path) -> N
     assert page.edit_url is None
     _, page = content(tmp_path, "api/index.md", "", "https://example.org/me/it")
     assert page.edit_url is None, "a page that is made from no one file"
+
+
+def test_flags_in_a_line_are_not_broken(tmp_path: Path) -> None:
+    html = "<p><code>picotron-mini train --zero-group 2</code></p><pre><code>a --flag</code></pre>"
+    found, _ = content(tmp_path, "lessons/00_ring.md", html, "")
+    whole = [f'<span class="together">{word}</span>' for word in ("picotron-mini", "--zero-group")]
+    assert f"<p><code>{whole[0]} train {whole[1]} 2</code></p>" in found and "<code>a --flag</code></pre>" in found
+    tensor, _ = content(tmp_path, "lessons/00_ring.md", "<p><code>tp-1 a-b</code></p>", "")
+    assert "together" not in tensor
 
 
 def test_code_is_not_searched_and_terms_are_linked_in_prose_only(tmp_path: Path) -> None:

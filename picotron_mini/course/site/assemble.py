@@ -63,7 +63,7 @@ def assemble(root: Path, docs: Path) -> None:
             _page(site, name, (root / name).read_text())
     for path in sorted(root.glob("lessons/[0-9][0-9]_*.ipynb")):
         shutil.copy(path, _made(docs / "lessons" / path.name))
-        _page(site, f"lessons/{path.stem}.py", to_markdown(path, docs / "lessons" / path.stem))
+        _page(site, f"lessons/{path.stem}.py", to_markdown(path, docs / "lessons" / path.stem), search="{ boost: 2 }")
     for kind in ("summary", "interview_questions"):
         for path in sorted((root / kind).rglob("*")) if (root / kind).is_dir() else []:
             name = path.relative_to(root).as_posix()
@@ -113,6 +113,10 @@ def _write(site: _Site, page: str, name: str, text: str, **meta: str) -> None:
     _made(site.docs / page).write_text(f"---\n{front}---\n\n{text}" if front else text)
 
 
+def _title(page: Path) -> str:
+    return re.findall(r"^# (.+)$", page.read_text(), re.MULTILINE)[0]
+
+
 def _api(site: _Site) -> None:
     """A page for each module, and one that lists them with the first sentence of their docstrings."""
     root, docs = site.root, site.docs
@@ -122,7 +126,8 @@ def _api(site: _Site) -> None:
             for module in re.findall(r"\.\./(picotron_mini/[\w/]+\.py)", path.read_text()):
                 if stem not in taught.setdefault(module, []):
                     taught[module].append(stem)
-    rows = ["# The library", "", "| module | what it is |", "|---|---|"]
+    rows = ["# The library", "", "Every module, with the first line of what it says of itself.", ""]
+    rows += ["| module | what it is |", "|---|---|"]
     for path in sorted(root.glob("picotron_mini/**/*.py"), key=lambda p: (len(p.relative_to(root).parts) > 2, str(p))):
         name = path.relative_to(root).as_posix()
         doc = ast.get_docstring(ast.parse(path.read_text()))
@@ -133,7 +138,7 @@ def _api(site: _Site) -> None:
         rows.append(f"| [{title}]({page.removeprefix('api/')}) | {doc.splitlines()[0]} |")
         up = "../" * page.count("/")
         lessons = [stem for stem in taught.get(name, []) if (docs / "lessons" / f"{stem}.md").exists()]
-        links = ", ".join(f"[{stem.replace('_', ' ')}]({up}lessons/{stem}.md)" for stem in lessons)
+        links = ", ".join(f"[{_title(docs / 'lessons' / f'{stem}.md')}]({up}lessons/{stem}.md)" for stem in lessons)
         text = f"# {title}\n\n" + (f"Taught in {links}.\n\n" if links else "") + f"::: {dotted(name)}\n"
         # A search must not show the answers of exercises to who looks for a word, nor how the site is made.
         hidden = re.search(r"/course/(tasks|exhibits|site)/", name)

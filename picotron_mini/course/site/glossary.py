@@ -21,6 +21,16 @@ from markdown.extensions.toc import slugify
 from picotron_mini.course.site.prose import edit
 
 PAGE = "summary/glossary.md"
+# Words that mean something else in other chapters: a stage of ZeRO, the capacity of a cache, torch's dispatch.
+_ONLY = {
+    "capacity": ("08",),
+    "dispatch": ("08",),
+    "interleaved": ("05", "07"),
+    "overlap": ("03", "04", "06", "07", "08"),
+    "packing": ("02",),
+    "parity": ("00", "03", "07", "08"),
+    "stage": ("05", "07"),
+}
 _ENTRY = re.compile(r"^## (.+)\n\n((?:.+\n?)+)", re.MULTILINE)
 
 
@@ -41,8 +51,13 @@ def terms(text: str) -> list[Term]:
     ]
 
 
-def link_terms(page: str, known: list[Term], glossary: str) -> str:
-    """The page's HTML with the first use of each known term made a link to `glossary`, the address of its page."""
+def link_terms(page: str, known: list[Term], glossary: str, chapter: str = "") -> str:
+    """The page's HTML with the first use of each known term made a link to `glossary`, the address of its page.
+
+    Args:
+        chapter: the two digits of the page's; words that are terms in some chapters only are left alone in others.
+    """
+    known = [term for term in known if chapter in _ONLY.get(term.spellings[0], (chapter,))]
     by_spelling = {spelling.lower(): term for term in known for spelling in term.spellings}
     used: set[Term] = set()
     words = "|".join(map(re.escape, sorted(by_spelling, key=len, reverse=True)))
@@ -51,8 +66,9 @@ def link_terms(page: str, known: list[Term], glossary: str) -> str:
     def link(match: re.Match[str]) -> str:
         word = match[1]
         term = by_spelling[word.lower()]
-        if term in used or (word not in term.spellings and any(s.isupper() for s in term.spellings)):
-            return match[0]  # linked before; or an ordinary word that an abbreviation looks like
+        capitals = any(letter.isupper() for spelling in term.spellings for letter in spelling[1:])
+        if term in used or (word not in term.spellings and capitals):
+            return match[0]  # linked before; or an ordinary word that an abbreviation looks like, as "zero" ZeRO
         used.add(term)
         title = html.escape(term.definition)
         return f'<a class="term" href="{glossary}#{term.anchor}" title="{title}">{match[0]}</a>'

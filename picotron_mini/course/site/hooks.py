@@ -19,6 +19,7 @@ _SECTION = re.compile(
     r'aria-labelledby="(__nav_[\d_]+)_label"([^>]*>\s*<label class="md-nav__title" for="\1">\s*<span[^>]*></span>\s*)'
     r"([^<]+?)(?=\s*</label>)"
 )
+_BLOCK_OR_INLINE = re.compile(r"<pre.*?</pre>|<code>[^<]*</code>", re.DOTALL)
 _NOT_SEARCHED = re.compile(r'<details class="(?:mkdocstrings-source|listing)"|<pre(?=>)')
 
 
@@ -63,14 +64,21 @@ def on_page_content(html: str, page: Any, config: Any, **_: Any) -> str:
     """A page that was just rendered: formulas, links to papers and terms, what the search leaves out, where to edit."""
     repository, source = config["extra"].get("repository"), page.meta.get("source")
     page.edit_url = f"{repository.rstrip('/')}/edit/main/{source}" if repository and source else None
-    html = link_papers(render(html))
+    html = _BLOCK_OR_INLINE.sub(_kept_whole, link_papers(render(html)))
     name = page.file.src_uri
     glossary = Path(config["docs_dir"]) / PAGE
     if _PROSE.fullmatch(name) and glossary.exists():
         up = relpath(PAGE.removesuffix(".md") + ".html", name.rpartition("/")[0])
-        html = link_terms(html, terms(glossary.read_text()), up)
+        html = link_terms(html, terms(glossary.read_text()), up, chapter=name.rpartition("/")[2][:2])
     # Prose is what is searched: with all code in it, the index would be most of what the home page loads.
     return _NOT_SEARCHED.sub(lambda match: f"{match[0]} data-search-exclude", html)
+
+
+def _kept_whole(match: re.Match[str]) -> str:
+    """Code in a line, whose flags and names a browser would break behind their hyphens."""
+    if match[0].startswith("<pre"):
+        return match[0]
+    return re.sub(r"(?<![\w-])(?:--?\w[\w-]*|picotron-mini)", r'<span class="together">\g<0></span>', match[0])
 
 
 def on_post_page(output: str, **_: Any) -> str:

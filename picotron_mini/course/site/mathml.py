@@ -18,7 +18,9 @@ from latex2mathml.converter import convert
 
 from picotron_mini.config import UserError
 
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+# in a line with the bracket before it and the punctuation behind it, which no line may begin with
+_FORMULA = re.compile(r'(\(?)<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\2>([.,;:)]*)', re.DOTALL)
+_ARROWS = re.compile(r"\\x(?:left|right)arrow")  # they do not grow with what stands over them
 
 
 def formula(latex: str, *, block: bool) -> str:
@@ -27,9 +29,11 @@ def formula(latex: str, *, block: bool) -> str:
     Raises:
         UserError: the converter does not know a command or an environment in it.
     """
+    if _ARROWS.search(latex):
+        raise UserError(f"the formula {latex!r} cannot be shown: arrows do not grow; write \\to, or a line of text")
     try:
         text = convert(latex, display="block" if block else "inline")
-        unknown = [part for part in ElementTree.fromstring(text).itertext() if part.lstrip().startswith("\\")]
+        unknown = [part for part in ElementTree.fromstring(text).itertext() if "\\" in part]
     except Exception as error:  # the converter raises a class of its own for each mistake; XML one more
         raise UserError(f"the formula {latex!r} cannot be shown: {error or type(error).__name__}") from error
     if unknown:
@@ -43,7 +47,9 @@ def render(page: str) -> str:
     """The page's HTML with each formula that `arithmatex` marked turned into MathML."""
 
     def replace(match: re.Match[str]) -> str:
-        tag, latex = match[1], html.unescape(match[2]).strip()
-        return f'<{tag} class="formula">{formula(latex, block=tag == "div")}</{tag}>'
+        before, tag, latex, after = match[1], match[2], html.unescape(match[3]).strip(), match[4]
+        drawn = f'<{tag} class="formula">{formula(latex, block=tag == "div")}</{tag}>'
+        together = tag == "span" and (before or after)
+        return f'<span class="together">{before}{drawn}{after}</span>' if together else before + drawn + after
 
     return _FORMULA.sub(replace, page)

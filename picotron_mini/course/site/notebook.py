@@ -82,8 +82,11 @@ def fenced(text: str, language: str) -> str:
 
 
 def _block(printed: str) -> str:
+    """What was printed. Sentences longer than any line of code are wrapped on the page; columns and code scroll."""
     printed = _ANSI.sub("", printed)
-    return fenced(printed, "{.text .output}") if printed.strip() else ""
+    longest = max((line.strip() for line in printed.splitlines()), key=len, default="")
+    prose = " .prose" if len(longest) > 120 and "  " not in longest else ""
+    return fenced(printed, f"{{.text .output{prose}}}") if printed.strip() else ""
 
 
 def _rich(data: dict[str, Any], where: str) -> str:

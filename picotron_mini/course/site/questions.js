@@ -20,6 +20,14 @@
   }
 
   function read() {
+    const target = location.hash.includes("=") ? null : document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (target) {
+      if (!target.closest("section[hidden]")) return;
+      for (const box of boxes) box.checked = false; // it is not among what was chosen: show all, and go there
+      show();
+      target.scrollIntoView();
+      return;
+    }
     const said = new URLSearchParams(location.hash.slice(1));
     for (const box of boxes) box.checked = (said.get(box.name) ?? "").split(",").includes(box.value);
     show();

@@ -49,9 +49,9 @@ def collected(root: Path) -> str:
     files = sorted(root.glob("interview_questions/[0-9][0-9]_*.md"))
     sections, names = [], {}
     for path in files:
-        found = questions(path.read_text())
-        number, _, topic = path.stem.partition("_")
-        names[number] = f"{number} {topic.replace('_', ' ').capitalize()}"
+        text = path.read_text()
+        found, number = questions(text), path.stem[:2]
+        names[number] = text.partition("\n")[0].removeprefix("# ").removesuffix(": questions")
         items = [_item(number, path.name, question) for question in found]
         sections.append(f'<section markdown="1">\n\n## {names[number]}\n\n' + "\n\n".join(items) + "\n\n</section>")
     if not files:
