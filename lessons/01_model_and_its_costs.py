@@ -87,12 +87,12 @@ assert costs.parameters(LLAMA_8B) == 8_030_261_248
 #
 # ## The model
 #
-#     tokens [B, T] -> embed -> x [B, T, D] -+-> norm -> attention -> (+) -+-> norm -> MLP -> (+) ... norm -> head
-#                                            +-----------------------> ^   +----------------> ^
-#                                            +------------- one layer, L in a row ------------+
+#     tokens -> embed -> x -+-> norm -> attention -> (+) -+-> norm -> MLP -> (+) ... -> norm -> head
+#                           +---------------------->  ^   +---------------->  ^
+#                           +------------- one layer, L in a row -------------+
 #
-# The residual stream $x$ has the same shape from the embedding to the last norm. Each layer reads it twice and adds to
-# it twice. Four parts make a layer.
+# Tokens are $[B, T]$. The residual stream $x$, $[B, T, D]$, has the same shape from the embedding to the last norm.
+# Each layer reads it twice and adds to it twice. Four parts make a layer.
 #
 # **RMSNorm** divides a token's vector by its root mean square, and scales each channel with a learned weight. There is
 # no mean to subtract and no bias:

@@ -356,8 +356,9 @@ assert len(inside) > len(held) / 2
 # document, and copies of a document are dropped first. Documents are held out in the order of a digest of seed and
 # text, until there are enough: add a file tomorrow, and none of the others overtakes another. But the border between
 # the two parts lies where the share is reached, and moves when the text grows: add none to a run that goes on. The
-# seed of the split is `--val-seed`. It is not the run's `--seed`: else three runs with three seeds would be asked about
-# three texts.
+# seed of the split is `--val-seed`. It is not the run's `--seed`: otherwise three runs with three seeds would be
+# validated on three different texts. (Where one file, or a few large ones, are all the text, the end of the largest is
+# held out, and no seed matters.)
 
 # %%
 small = Corpus(tuple(f"note {n}" for n in range(len(NOTES))), tuple(NOTES), "twelve notes")
@@ -831,7 +832,7 @@ kill("02.resumed_twice", my_test)
 #
 # The first rank of each machine tokenises, the others wait and find it done. If the machines have different texts, the
 # digests differ and the run does not start. On two H200s, with the preset's own text and `--document-mask`, 292 million
-# parameters ate 352,000 to 363,000 tokens a second, both GPUs together
+# parameters ate 353,000 to 363,000 tokens a second, both GPUs together
 # ([log](../summary/02_data_pipeline_gpu.log)). Whether the loader keeps up is a question for two numbers, taken on that
 # machine:
 #

@@ -1164,8 +1164,8 @@ for link_name, link in LINKS.items():
 #
 # Measured, with the `bench` preset and `tp=2 --sequence-parallel`, it has not paid yet. On two H100s two parts were
 # slower than one, 30,393 tokens/s per GPU in place of 36,380. On two H200s, recorded, they were no faster, 38,541 in
-# place of 38,921: 22 ms of a step's 78 were hidden, and the products of half the rows took 23 ms longer. Four parts
-# made 36,555: they should hide more, but sending took twice as long, and 72 ms were exposed.
+# place of 38,921: 56 ms of a step were waited for in place of 78, and all other kernels took 23 ms longer. Four parts
+# made 36,555: they should hide more, but sending took twice as long, and 72 ms were waited for.
 #
 # What is left could hide behind the *other half of the batch*, at the price of two chains of work in each layer
 # (Domino, arXiv 2409.15241); this library does not.

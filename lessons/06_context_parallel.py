@@ -835,11 +835,11 @@ kill("06.probabilities_of_one_block", my_test)
 #     --batch-size 8 --micro-batch-size 1
 # ```
 #
-# What has been checked there: on one H100, with torch 2.11, the fused kernels' forward and backward of a block agree
-# with float64, with and without a mask (49 tests; the log is in the [write-up](../summary/06_context_parallel.md)), and
-# on two of them ring and Ulysses are equal to one device in float32. On two H200s so are they in bf16, within what it
-# allows, with cuDNN's kernels for every block. In float32 the library uses no fused kernel on a GPU: plain products
-# write a block's scores out, exact, slow, for proofs.
+# What has been checked there: on an H200, with torch 2.11, cuDNN's forward and backward of a small block agree with
+# float64, with and without a mask, and on two H100s ring and Ulysses are equal to one device in float32. In float32
+# the library uses no fused kernel on a GPU: plain products write a block's scores out, exact, slow, for proofs. So a
+# whole ring on cuDNN's kernels has been timed and not yet verified (the
+# [write-up](../summary/06_context_parallel.md#measured-performance) says what is missing).
 #
 # This chapter's closing run, on two H200s with torch 2.11:
 #

@@ -150,7 +150,7 @@ class DataConfig:
     tokenizer: str = "bytes"  # "bytes", "bpe" (trained on the text, better), or the path of a tokenizer.json
     tokenizer_size: int = 2048  # entries of the trained BPE
     val_fraction: float = 0.05  # share of documents held out
-    val_seed: int = 0  # which documents are held out; not --seed: runs with several seeds are compared on one text
+    val_seed: int = 0  # which documents are held out, whatever --seed is; not where a few large files are the text
 
     @property
     def expected_vocab_size(self) -> int:

@@ -354,6 +354,8 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     )
     if not 0 < run.data.val_fraction < 1:
         found.append(f"val_fraction={run.data.val_fraction} must lie between 0 and 1")
+    if not 0 <= run.data.val_seed < 2**63:
+        found.append(f"val_seed={run.data.val_seed} must be 0 or above, and below 2**63")
     if found:
         raise ConfigError("\n".join(dict.fromkeys(found)))
     head_dim = model.head_dim or model.hidden_size // model.num_heads

@@ -324,6 +324,8 @@ def test_batch_sizes_that_do_not_fit(batch: int, size: int, number: int, message
         ("train", "bucket_mb", -1.0),
         ("data", "val_fraction", 0.0),
         ("data", "val_fraction", 1.0),
+        ("data", "val_seed", -1),
+        ("data", "val_seed", 2**63),
     ],
 )
 def test_settings_out_of_range(group: str, name: str, value: float) -> None:

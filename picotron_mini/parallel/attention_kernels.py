@@ -11,10 +11,12 @@ of its sum of exponentials. With s = q kT / sqrt(Dh) + mask, for one query:
 So a block's backward needs its own keys, and of all the others nothing but `out` and `lse` (FlashAttention-2,
 arXiv 2307.08691). The fused kernels have both halves as operators; which one runs is chosen here and nowhere else:
 
-    CPU                          _scaled_dot_product_flash_attention_for_cpu      float64 to bf16, masks
-    CUDA, bf16 or fp16 (and Dh   _scaled_dot_product_cudnn_attention              masks
-    a multiple of 8)
-    CUDA, all else               products of this file: exact, and slow           a block's scores are written out
+    cpu         _scaled_dot_product_flash_attention_for_cpu      all there is on the CPU
+    cudnn       _scaled_dot_product_cudnn_attention              bf16 or fp16, Dh <= 128, with a mask or without
+    flash       _scaled_dot_product_flash_attention              bf16 or fp16 without a mask, where cudnn does not go
+    products    of this file: exact, and slow                    all else; a block's scores are written out
+
+cuDNN's backward may add in any order, so with `torch.use_deterministic_algorithms` it is not used.
 
 All take H query heads on Hkv key-value heads without repeating these. A key that a query may not see gets -1e30 added
 to its score, not -inf: a query that sees no key of a block then has lse = -1e30, and a weight of 0 in the merge.
@@ -26,6 +28,7 @@ Legend: B batch, H query heads, Hkv key-value heads, Tq, Tk queries and keys of 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,13 +53,16 @@ def attend_with_lse(
         out [B, H, Tq, Dh] in q's dtype, and lse [B, H, Tq] in float32 or float64.
     """
     q, k, v = _ending_in_1(q, k, v)
-    if q.device.type == "cpu":
+    kernel = kernel_for(q, k, mask)
+    if kernel == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_bias(mask, q))
-    elif not _fused(q):
-        out, lse = _plain(q, k, v, causal, mask)
-    else:
+    elif kernel == "cudnn":
         out, lse = _aten._scaled_dot_product_cudnn_attention(q, k, v, _bias(mask, q), True, 0.0, causal)[:2]
         lse = lse.squeeze(-1)
+    elif kernel == "flash":
+        out, lse = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    else:
+        out, lse = _plain(q, k, v, causal, mask)
     return out, lse
 
 
@@ -74,20 +80,24 @@ def attend_backward(
     Returns:
         Of the shapes of q, k and v, in their dtype.
     """
-    bias = _bias(mask, q)
+    kernel, bias = kernel_for(q, k, mask), _bias(mask, q)
     grad, q, k, v, out = _ending_in_1(grad, q, k, v, out)
-    if q.device.type == "cpu":
+    if kernel == "cpu":
         backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
         return dq, dk, dv
-    if not _fused(q):
+    if kernel == "products":
         return _plain_backward(grad, q, k, v, out, lse, causal, mask)
     # what the forward returned and a backward without dropout does not read: random state, ragged lengths
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)
     lengths = None, None, q.shape[2], k.shape[2], 0.0, causal
-    cudnn = _aten._scaled_dot_product_cudnn_attention_backward
-    dq, dk, dv = cudnn(grad, q, k, v, out, lse[..., None], seed[0], seed[1], bias, *lengths)
+    if kernel == "flash":
+        flash = _aten._scaled_dot_product_flash_attention_backward
+        dq, dk, dv = flash(grad, q, k, v, out, lse, *lengths, seed, seed)
+    else:
+        cudnn = _aten._scaled_dot_product_cudnn_attention_backward
+        dq, dk, dv = cudnn(grad, q, k, v, out, lse[..., None], seed[0], seed[1], bias, *lengths)
     return dq, dk, dv
 
 
@@ -99,8 +109,16 @@ def _ending_in_1(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _fused(q: Tensor) -> bool:
-    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None) -> Literal["cpu", "cudnn", "flash", "products"]:
+    """Which of the kernels above takes this block. Arguments as in `attend_with_lse`."""
+    if q.device.type == "cpu":
+        return "cpu"
+    width, repeatable = q.shape[-1], torch.are_deterministic_algorithms_enabled()
+    if q.dtype not in (torch.bfloat16, torch.float16) or width % 8:
+        return "products"
+    if width <= 128 and k.shape[2] > 1 and not repeatable:
+        return "cudnn"
+    return "flash" if width <= 256 and mask is None else "products"
 
 
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -30,12 +30,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+
+Half = Literal["first", "second", "both"]
 
 
 class WeightProduct(NamedTuple):
@@ -104,10 +106,17 @@ class _Linear(Function):
         return gradient @ ctx.weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
-def late_weights(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
-    """The weights whose gradients come in the second half of a backward that is split: those of linear layers."""
-    linear = [each for module in modules for each in module.modules() if isinstance(each, nn.Linear)]
-    return {each.get_parameter("weight") for each in linear}
+def halves(modules: Iterable[nn.Module]) -> dict[nn.Parameter, Half]:
+    """In which half of a split backward each parameter has its gradients.
+
+    The first, but for weights of linear layers; and both for a table that is the embedding and the head.
+    """
+    found: dict[nn.Parameter, Half] = {}
+    for part in [part for module in modules for part in module.modules()]:
+        for name, parameter in part.named_parameters(recurse=False):
+            half: Half = "second" if isinstance(part, nn.Linear) and name == "weight" else "first"
+            found[parameter] = half if found.get(parameter, half) == half else "both"
+    return found
 
 
 def additions(module: nn.Module, split: bool) -> Counter[nn.Parameter]:

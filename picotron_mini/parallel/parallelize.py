@@ -37,7 +37,7 @@ from .compress import compression
 from .context import context_parallel
 from .cuda_graph import RecordedStep, own_stream
 from .data import GradientBuckets
-from .deferred import Deferred, late_weights
+from .deferred import Deferred, halves
 from .expert import expert_parallel, expert_shard, is_expert, mixtures, of_one_shape
 from .hierarchical import Hierarchical
 from .routers import Routers
@@ -309,11 +309,11 @@ def _sharded(
             chunks=[len(each) for each in units], counted=train.splits_backward,
         )  # fmt: skip
     start = "last" if train.zero == 1 else "each"
-    size, late = train.bucket_mb * 2**20, late_weights(chunks) if train.splits_backward else set()
+    size, when = train.bucket_mb * 2**20, halves(chunks) if train.zero == 2 and train.splits_backward else {}
     groups = by_axis(parameters.values(), lambda p: others.get(p, axis))
     sharded = [
         (
-            ShardedGradients(alike(group, late), over, start=start, rows=rows, bucket_bytes=size, copies=copies[over]),
+            ShardedGradients(alike(group, when), over, start=start, rows=rows, bucket_bytes=size, copies=copies[over]),
             group,
         )
         for over, group in groups.items()

@@ -28,7 +28,7 @@ Legend: N ranks of the axis, C columns of a buffer.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +94,15 @@ def cut(parameters: Iterable[nn.Parameter], ranks: int, rows: Mapping[nn.Paramet
     return cuts, columns
 
 
-def alike(parameters: Iterable[nn.Parameter], late: Collection[nn.Parameter] = frozenset()) -> list[list[nn.Parameter]]:
+def alike(
+    parameters: Iterable[nn.Parameter], halves: Mapping[nn.Parameter, str] | None = None
+) -> list[list[nn.Parameter]]:
     """Parameters that may share a buffer, each once, in the given order.
 
-    They have one dtype and one device, and all or none are `late`: those whose gradients come in the second half of a
-    backward. In a buffer with others they would keep whole gradients between the halves.
+    They have one dtype and one device, and if `halves` is given (`deferred.halves`) their gradients come in the same
+    half of a backward. In a buffer with others they would keep whole gradients between the halves.
     """
-    groups: dict[tuple[torch.dtype, torch.device, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[torch.dtype, torch.device, str], list[nn.Parameter]] = {}
     for parameter in dict.fromkeys(parameters):
-        groups.setdefault((parameter.dtype, parameter.device, parameter in late), []).append(parameter)
+        groups.setdefault((parameter.dtype, parameter.device, (halves or {}).get(parameter, "")), []).append(parameter)
     return list(groups.values())

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from ..collectives import Work, all_gather_several
 from ..mesh import Axis
 from ..model.gpt import GPT
-from .deferred import late_weights
+from .deferred import halves
 from .rows import Cut, alike, cut
 from .several import SeveralSharded, by_axis
 from .uses import Use
@@ -119,11 +119,11 @@ class ShardedWeights:
             unit = self._make(parameters, rows or {}, lambda p: others.get(p, axis))
             for place in places:
                 self.units[place] = unit
-        late = late_weights(modules) if counted else set()
+        apart = halves(modules) if counted else {}
         groups: dict[Axis, list[list[nn.Parameter]]] = {}
         for unit in dict.fromkeys(self.units):
             for (cuts, _), over in zip(unit.buffers, unit.axes, strict=True):
-                groups.setdefault(over, []).extend(alike([each.parameter for each in cuts], late))
+                groups.setdefault(over, []).extend(alike([each.parameter for each in cuts], apart))
         self.gradients = SeveralSharded(
             (
                 ShardedGradients(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from picotron_mini.parallel import attention_kernels
-from picotron_mini.parallel.attention_kernels import attend_backward, attend_with_lse
+from picotron_mini.parallel.attention_kernels import attend_backward, attend_with_lse, kernel_for
 from picotron_mini.parallel.context import _merge
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
@@ -31,10 +31,10 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield request.param
 
 
-def tensors(dtype: torch.dtype, device: str, tokens: int = 12) -> list[Tensor]:
-    """q [2, 6, T, 8], k and v [2, 2, T, 8], a gradient [2, 6, T, 8]; strided as the model's are."""
+def tensors(dtype: torch.dtype, device: str, tokens: int = 12, width: int = 8) -> list[Tensor]:
+    """q [2, 6, T, Dh], k and v [2, 2, T, Dh], a gradient [2, 6, T, Dh]; strided as the model's are."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, tokens, heads, 8) for heads in (6, 2, 2, 6)]
+    shapes = [(2, tokens, heads, width) for heads in (6, 2, 2, 6)]
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return [x.to(device, dtype).transpose(1, 2) for x in drawn]
 
@@ -57,13 +57,16 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("which", ["full", "causal", "masked"])
-def test_one_block(kind: str, which: str, dtype: torch.dtype, device: str) -> None:
-    q, k, v, grad = tensors(dtype, device)
-    seen = torch.ones(2, 1, 12, 12, dtype=torch.bool, device=device)
+@pytest.mark.parametrize(("tokens", "width"), [(12, 8), (192, 64), (160, 128)])
+def test_one_block(kind: str, tokens: int, width: int, which: str, dtype: torch.dtype, device: str) -> None:
+    """Also as wide as heads are in training, of more tokens than a tile of a kernel has."""
+    q, k, v, grad = tensors(dtype, device, tokens, width)
+    seen = torch.ones(2, 1, tokens, tokens, dtype=torch.bool, device=device)
     if which != "full":
         seen = seen.tril()
     if which == "masked":
-        documents = torch.tensor([[0] * 5 + [1] * 7, [0] + [3] * 9 + [4] * 2], device=device)
+        ends = torch.tensor([[5, tokens], [1, tokens - 2]], device=device)  # of all documents but the last
+        documents = (torch.arange(tokens, device=device)[None, :, None] >= ends[:, None]).sum(-1)
         seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
     how = {"causal": which == "causal", "mask": seen if which == "masked" else None}
     want = truth(q, k, v, grad, seen)
@@ -73,6 +76,34 @@ def test_one_block(kind: str, which: str, dtype: torch.dtype, device: str) -> No
     assert all(g.dtype == dtype for g in grads)
     for got, expected in zip((out, lse, *grads), want, strict=True):
         close(got, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "keys", "masked", "repeatable", "kernel"),
+    [
+        (torch.bfloat16, 64, 8, False, False, "cudnn"),
+        (torch.float16, 128, 8, True, False, "cudnn"),
+        (torch.bfloat16, 4, 8, False, False, "products"),  # no multiple of 8
+        (torch.bfloat16, 192, 8, False, False, "flash"),
+        (torch.bfloat16, 192, 8, True, False, "products"),
+        (torch.bfloat16, 264, 8, False, False, "products"),
+        (torch.bfloat16, 64, 1, False, False, "flash"),  # one key
+        (torch.bfloat16, 64, 8, False, True, "flash"),  # cuDNN's backward may differ from run to run
+        (torch.bfloat16, 64, 8, True, True, "products"),
+        (torch.float32, 64, 8, False, False, "products"),
+    ],
+)
+def test_which_kernel_takes_a_block_on_a_gpu(
+    dtype: torch.dtype, width: int, keys: int, masked: bool, repeatable: bool, kernel: str
+) -> None:
+    q, k = (torch.empty(1, 2, tokens, width, dtype=dtype, device="meta") for tokens in (8, keys))
+    mask = torch.empty(1, 1, 8, keys, dtype=torch.bool, device="meta") if masked else None
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(repeatable)
+    try:
+        assert kernel_for(q, k, mask) == kernel
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -24,7 +24,7 @@ from picotron_mini.mesh import Axis, Mesh, coordinates
 from picotron_mini.model.gpt import parameter_shapes
 from picotron_mini.monitoring.placement import held
 from picotron_mini.parallel import zero
-from picotron_mini.parallel.deferred import Deferred, additions, late_weights
+from picotron_mini.parallel.deferred import Deferred, additions, halves
 from picotron_mini.parallel.footprint import footprint
 from picotron_mini.parallel.gather import gather
 from picotron_mini.parallel.parallelize import layout_of, parallelize
@@ -489,7 +489,7 @@ def between_halves(stage: int) -> tuple[list[int], float]:
         sharded = ShardedWeights(units, axis_of_world(), counted=True)
         (reducer,) = sharded.gradients.reducers
     else:
-        groups = alike((p for unit in units for p in unit.parameters()), late_weights(units))
+        groups = alike((p for unit in units for p in unit.parameters()), halves(units))
         sharded = reducer = ShardedGradients(groups, axis_of_world(), start="each")
     sharded.arm(sum((additions(unit, True) for unit in units), Counter()))
     held, waiting = [], []
@@ -528,20 +528,21 @@ def test_no_whole_gradient_is_kept_between_the_halves_of_a_backward(ranks: Ranks
         assert whole == [0, 0, 0, 0] and error < 1e-5
 
 
-def in_one_bucket(schedule: str) -> list[set[bool]]:
-    """In a rank, under ZeRO 2: of each bucket, whether its gradients come in the second half of a backward."""
+def in_one_bucket(schedule: str) -> list[set[str]]:
+    """In a rank, under ZeRO 2: of each bucket, in which halves of a backward its gradients come; the head is tied."""
     model = ModelConfig(vocab_size=8, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2)
     train = TrainConfig(zero=2, schedule=schedule, micro_batches=2, device="cpu")  # type: ignore[arg-type]
     run = resolve(RunConfig(layout="dp=2", model=model, train=train))
     parallel = parallelize(run, Mesh.build(run.mesh), torch.device("cpu"))
-    late = late_weights(parallel.chunks)
+    found = halves(parallel.chunks)
     assert isinstance(parallel.gradients, ShardedGradients)
-    return [{each.parameter in late for each in bucket.cuts} for bucket in parallel.gradients.buckets]
+    return [{found[each.parameter] for each in bucket.cuts} for bucket in parallel.gradients.buckets]
 
 
 def test_buckets_of_zero_2_mix_no_halves_of_a_backward(ranks: Ranks) -> None:
-    assert all(len(kinds) == 1 for kinds in ranks(in_one_bucket, "zb-h1", world_size=2)[0])
-    assert ranks(in_one_bucket, "1f1b", world_size=2)[0] == [{True, False}]
+    split = ranks(in_one_bucket, "zb-h1", world_size=2)[0]
+    assert sorted(kind for (kind,) in split) == ["both", "first", "second"]
+    assert ranks(in_one_bucket, "1f1b", world_size=2)[0] == [{"both", "first", "second"}]
 
 
 def reductions_at_once(stage: int, micro_batches: int) -> tuple[int, int]:

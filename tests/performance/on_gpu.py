@@ -97,22 +97,26 @@ def on_several(gpus: int) -> list[Row]:
     return out
 
 
-def prefer_one_expert() -> None:
-    """From here on every router of this process chooses expert 0."""
+def prefer_one_expert(check: bool = False) -> None:
+    """From here on every router of this process chooses expert 0; `check` asks each time whether it does."""
     plain = Router.forward
 
     def leaning(self: Router, x: torch.Tensor) -> torch.Tensor:
         logits = plain(self, x)
-        return logits + 5.0 * (torch.arange(logits.shape[-1], device=logits.device) == 0)
+        logits = logits + 5.0 * (torch.arange(logits.shape[-1], device=logits.device) == 0)
+        assert not check or bool((logits.argmax(-1) == 0).all())
+        return logits
 
     Router.forward = leaning  # type: ignore[method-assign]
 
 
 def verified(layout: str, routing: str = "", device: str = "cuda", **train: object) -> dict[str, object]:
     model = replace(MODEL, moe=ROUTING[routing]) if routing else MODEL
+    if "cp=" in layout:  # heads as wide as in training, and tokens enough that a block has several tiles
+        model, train = replace(model, head_dim=64), {"seq_len": 256 * torch.cuda.device_count(), **train}
     patch, plain = prefer_one_expert if routing == "one_expert" else None, Router.forward
     if patch:  # in the ranks, and in the reference, which runs here
-        patch()
+        patch(check=True)
     try:
         settings = replace(TRAIN, device=device, **train)
         report = verify(layout, model, settings, patch=patch, gpus=torch.cuda.device_count())
