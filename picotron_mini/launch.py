@@ -52,6 +52,9 @@ _context = get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", *(f"picotron_mini.{each}" for each in ("launch", "train", "verify"))])
 
 
+_in_rank = False  # whether this process is one that `launch` started
+
+
 class RankError(RuntimeError):
     """A rank failed. The message holds the first failing rank's own traceback."""
 
@@ -103,10 +106,15 @@ def launch(
 
     Raises:
         RankError: a rank raised, was killed, or did not end in time.
-        UserError: a rank raised one; it is handed through as it is.
+        UserError: a rank raised one; it is handed through as it is. Or this is a rank.
         KeyboardInterrupt: on Ctrl-C, after the ranks have stopped. Ranks get SIGTERM first, and if all of them
             return a value all the same (a training run that saves itself), that value is returned instead.
     """
+    if _in_rank:  # a rank has imported a file that calls it on import; its ranks would import it again, without end
+        raise UserError(
+            "launch was called inside a rank; a file that ranks import must call it in a function, or below "
+            '`if __name__ == "__main__":`'
+        )
     if under_torchrun():
         return [_join_torchrun(fn, args, world_size, device)]
     payload = cloudpickle.dumps((fn, args))
@@ -278,6 +286,8 @@ def _replay(folder: Path, outputs: range, errors: range) -> None:
 def _rank_main(
     payload: bytes, rank: int, size: int, device: str, folder: str, live: Any, env: dict[str, str], conn: Any
 ) -> None:
+    global _in_rank
+    _in_rank = True
     for name in set(os.environ) - set(env):
         del os.environ[name]
     os.environ.update(env)

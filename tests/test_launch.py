@@ -277,6 +277,17 @@ def returns_what_cannot_travel() -> Any:
     return threading.Lock() if dist.get_rank() == 1 else 0
 
 
+def test_a_file_that_starts_ranks_on_import_starts_no_more_in_them(tmp_path: Path) -> None:
+    """A rank imports it for the function's sake. Each generation would start another, until memory is full."""
+    (tmp_path / "eager.py").write_text(
+        "from picotron_mini.launch import launch\ndef fn():\n    return 1\nlaunch(fn, world_size=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "import eager"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1 and "launch was called inside a rank" in done.stderr
+
+
 def test_a_value_that_cannot_be_pickled(ranks) -> None:
     with pytest.raises(RankError, match="its value of type lock cannot be pickled") as error:
         ranks(returns_what_cannot_travel, world_size=2)
