@@ -139,7 +139,7 @@ class ShardedGradients:
         if into.added[number]:
             place.whole(table).add_(parameter.grad)
         else:
-            place.whole(table).copy_(parameter.grad)
+            torch._foreach_copy_([place.whole(table)], [parameter.grad])  # as in data.py
             place.padding(table).zero_()
         parameter.grad = None
         into.added[number] = into.seen[number] = True

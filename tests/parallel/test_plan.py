@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotron_mini import calibrate as calibration
 from picotron_mini import planner
-from picotron_mini.calibrate import BOUNDS, MISSED, calibrate, fit, solve, with_bucket
+from picotron_mini.calibrate import BOUNDS, MISSED, calibrate, calibrated, fit, solve, with_bucket
 from picotron_mini.config import (
     ConfigError,
     MeshShape,
@@ -196,6 +196,19 @@ def test_a_fit_that_misses_its_own_passes_is_refused(monkeypatch: pytest.MonkeyP
         planner.choose_machine(run, PlanConfig(), 1)
     monkeypatch.setattr(planner, "calibrated", lambda run, ranks, anew: replace(H100, missed=0.2))
     assert planner.choose_machine(run, PlanConfig(), 1).missed == 0.2
+
+
+@pytest.mark.parametrize(("load", "told"), [(1.4, True), (0.9, False)])
+def test_whoever_measures_beside_other_programs_is_told(
+    load: float, told: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "calibrate", lambda run, ranks: H100)
+    monkeypatch.setattr(calibration.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(calibration.os, "cpu_count", lambda: 2)
+    run = replace(resolved("dp=1"), out=str(tmp_path))
+    assert calibrated(run, 2) == H100
+    assert ("other programs kept 1.4 of 2 cores busy" in capsys.readouterr().err) == told
+    assert calibrated(run, 2) == H100 and capsys.readouterr().err == ""  # from its file
 
 
 @pytest.mark.slow
