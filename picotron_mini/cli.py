@@ -11,12 +11,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from .config import ConfigError, RunConfig, UserError
-from .flags import Bench, Generate, Plan, Progress, Run, Verify, name_bare_layout, parse
+from .flags import Bench, Describe, Generate, Plan, Progress, Train, Verify, name_bare_layout, parse
 from .presets import PRESETS
 
 # What needs torch is imported inside the commands, so that `--help` and a misspelt command answer at once.
@@ -103,12 +104,31 @@ def begin() -> None:
 
 def train_command(args: list[str]) -> int:
     """train a language model on real text"""
-    wanted = parse(Run, "train", args, _default_preset())
+    wanted = parse(Train, "train", args, _default_preset())
+    from .launch import first_rank
     from .train import train
 
     begin()
-    summary = train(wanted.run)
+    with _to_stderr() if wanted.json else nullcontext():
+        summary = train(wanted.run)
+    if wanted.json and first_rank():
+        finite = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # a run that diverged: null
+        print(json.dumps(finite))
     return STOPPED if summary.get("stopped") else 0
+
+
+@contextmanager
+def _to_stderr() -> Iterator[None]:
+    """What this process and the ranks that it starts print goes to stderr meanwhile."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def generate_command(args: list[str]) -> int:
@@ -171,12 +191,12 @@ def _verify_matrix(as_json: bool) -> int:
 
 def describe_command(args: list[str]) -> int:
     """show where each parameter of a layout lives, and what is sent"""
-    wanted = parse(Run, "describe", args, PRESETS["laptop"])
+    wanted = parse(Describe, "describe", args, PRESETS["laptop"])
     import torch
 
     from .legality import resolve
     from .parallel.describe import describe
-    from .planner import memory_table
+    from .planner import memory_table, skew_wanted
 
     run = wanted.run
     vocab_size = run.model.vocab_size or run.data.expected_vocab_size
@@ -184,8 +204,9 @@ def describe_command(args: list[str]) -> int:
     if run.train.device == "cuda":  # nothing runs here, so it does not matter what this machine has
         gpus = max(gpus, 1 if run.layout == "auto" else run.mesh.world_size)
     run = resolve(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus=gpus)
+    skew = skew_wanted(run, wanted.skew)(run.mesh.ep)
     _print(describe(run))
-    _print(memory_table(run))
+    _print(memory_table(run, skew))
     return 0
 
 

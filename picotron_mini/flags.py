@@ -32,6 +32,13 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Train(Run):
+    """Train a language model on real text."""
+
+    json: bool = False  # print what summary.json holds as one JSON object; progress goes to stderr
+
+
+@dataclass(frozen=True)
 class Verify(Run):
     """Compare a layout with one device, on random tokens, with SGD and with AdamW.
 
@@ -40,6 +47,13 @@ class Verify(Run):
     """
 
     json: bool = False  # print a JSON object (one a line) in place of a table; null: an error that is no number
+
+
+@dataclass(frozen=True)
+class Describe(Run):
+    """Show where each parameter of a layout lives, what a rank sends in a step, and the memory it needs."""
+
+    skew: str = PlanConfig.skew  # the busiest rank's load of experts over the even one; or a run that measured it
 
 
 @dataclass(frozen=True)

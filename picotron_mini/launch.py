@@ -47,6 +47,7 @@ GRACE = 60.0  # seconds that ranks get to finish after an interrupt, before they
 _PEER_GONE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|remote process|Connection (refused|closed)|ncclRemote"
 )
+_WAITED = re.compile(r"Timed out waiting \d+ ?ms|Watchdog caught collective operation timeout")  # gloo; NCCL
 _context = get_context("forkserver")
 # Imported once here, not in every rank; the optimizers import the compiler (torch._dynamo) at their first use.
 _context.set_forkserver_preload(["torch._dynamo", *(f"picotron_mini.{each}" for each in ("launch", "train", "verify"))])
@@ -69,12 +70,17 @@ class _Failure:
     when: float
     text: str
     user_error: UserError | None = None
-    died: bool = False  # left without a word, as after SIGKILL
+    silent: bool = False  # ended without a word, as after SIGKILL, or hangs
+
+    @property
+    def late(self) -> bool:
+        """Whether it is a complaint about another rank, that it is gone or was waited for in vain."""
+        return bool(_WAITED.search(self.text) or (not self.silent and _PEER_GONE.search(self.text)))
 
     @property
     def order(self) -> tuple[int, float]:
-        """First causes first: a death, then an error of its own, then the complaint that a peer is gone."""
-        return (0 if self.died else 2 if _PEER_GONE.search(self.text) else 1, self.when)
+        """First causes first: a death or a hang, then an error of its own, then a complaint about another rank."""
+        return (2 if self.late else 0 if self.silent else 1, self.when)
 
 
 def under_torchrun() -> bool:
@@ -210,8 +216,9 @@ def _collect(
             if failures:
                 deadline = min(deadline or float("inf"), failures[0].when + 1.0)
             if deadline and time.monotonic() > deadline:
-                if not failures and not interrupted:
-                    failures += _hung(running, folder, timeout or 0)
+                if not interrupted and running and all(each.late for each in failures):
+                    why = f"rank {failures[0].rank} waited for it until its timeout" if failures else ""
+                    failures += _hung(running, folder, why or f"no end after {timeout:g} s")
                 break
     finally:
         _signal_all(running, signal.SIGKILL)
@@ -234,7 +241,7 @@ def _wait_for_one(
         except EOFError:  # the pipe closed without a word
             process.join()
             text = f"it ended without a result, {_exit_text(process.exitcode)}{_last_words(folder / f'{rank}.err')}"
-            failures.append(_Failure(rank, time.monotonic(), text, died=True))
+            failures.append(_Failure(rank, time.monotonic(), text, silent=True))
             continue
         if kind == "value":
             values[rank] = value
@@ -254,7 +261,7 @@ def _last_words(errors: Path, lines: int = 40) -> str:
     return ". The end of its stderr:\n" + "\n".join(words[-lines:]) if words else ""
 
 
-def _hung(running: dict[int, tuple[Any, Any]], folder: Path, timeout: float) -> list[_Failure]:
+def _hung(running: dict[int, tuple[Any, Any]], folder: Path, why: str) -> list[_Failure]:
     """What each rank that did not end was doing, from its own stack."""
     _signal_all(running, signal.SIGUSR1)
     time.sleep(0.5)
@@ -263,8 +270,8 @@ def _hung(running: dict[int, tuple[Any, Any]], folder: Path, timeout: float) -> 
         stack = (folder / f"{rank}.stack").read_text(errors="replace")
         stack = stack.partition(f'  File "{__file__}"')[0].strip()  # how the rank was started is no news
         found.append(f"rank {rank} was at:\n{stack or '(no stack: it had not started)'}")
-    text = f"no end after {timeout:g} s. Still running: {len(found)} rank(s).\n" + "\n".join(found)
-    return [_Failure(min(running), time.monotonic(), text)]
+    text = f"{why}. Still running: {len(found)} rank(s).\n" + "\n".join(found)
+    return [_Failure(min(running), time.monotonic(), text, silent=True)]
 
 
 def _signal_all(running: dict[int, tuple[Any, Any]], number: signal.Signals) -> None:

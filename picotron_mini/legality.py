@@ -10,11 +10,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import gcd, lcm
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, divisors, nearest
+from .config import ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, divisors, nearest
 from .expert_legality import expert_problems, recorded_problems
 from .model.gpt import parameter_shapes
 from .model.legality import model_problems
+
+# By kind of settings: those with a few values, and which. (zero has its own sentence.)
+_CHOICES = {
+    kind: {n: get_args(h) for n, h in get_type_hints(kind).items() if get_origin(h) is Literal and n != "zero"}
+    for kind in (ModelConfig, MoEConfig, TrainConfig)
+}
 
 
 def layout_problems(model: ModelConfig, mesh: MeshShape) -> list[str]:
@@ -101,7 +108,7 @@ def sequence_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -
     parts, why = mesh.cp * mesh.tp, f"tp={mesh.tp}" if mesh.cp == 1 else f"cp*tp={mesh.cp * mesh.tp}"
     if not train.seq_len % parts:
         return []
-    step = parts if mesh.cp == 1 else 2 * parts  # so that the ring can cut it as well
+    step = parts if mesh.cp == 1 or train.context == "ulysses" else lcm(2 * mesh.cp, parts)  # the ring cuts it as well
     fits = nearest(train.seq_len, list(range(step, train.seq_len + step, step)))
     return [f"sequence_parallel: {why} does not divide seq_len={train.seq_len}; seq_len could be {fits}"]
 
@@ -110,7 +117,10 @@ def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -
     """What keeps a pipeline schedule from running on a layout, in words; `train` has its micro-batches filled."""
     name, chunks = f"schedule={train.schedule}", train.chunks
     if train.schedule != "interleaved" and train.virtual_stages != 2:
-        return [f"virtual_stages={train.virtual_stages} is for schedule=interleaved; {name} has {chunks} a stage"]
+        return [
+            f"virtual_stages={train.virtual_stages} is for schedule=interleaved; {name} has {chunks} a stage, and "
+            "takes virtual_stages=2 only, which it does not look at"
+        ]
     if chunks < 2 and train.schedule == "interleaved":
         return [f"virtual_stages={chunks} must be at least 2; with 1 it is schedule=1f1b"]
     found = []
@@ -186,7 +196,10 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     elif train.zero and mesh.dp == 1:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
     if train.masters != "whole" and train.dtype != "bfloat16":
-        found.append(f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters")
+        found.append(
+            f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters: use "
+            "masters=whole, or dtype=bfloat16"
+        )
     elif train.masters != "whole" and train.zero and train.place_every:
         found.append(
             f"masters={train.masters} does not go with zero={train.zero} where experts move (place_every="
@@ -297,8 +310,20 @@ def notices(run: RunConfig) -> list[str]:
     ]
 
 
-def _batch(train: TrainConfig, dp: int) -> tuple[TrainConfig, list[str]]:
+def _unknown_choices(*groups: Any) -> list[str]:
+    """Values that are none of a setting's own, as a caller in Python may give them, in words."""
+    found = []
+    for group in (each for each in groups if each is not None):
+        for name, values in _CHOICES[type(group)].items():
+            if (value := getattr(group, name)) not in values:
+                found.append(f"{name}={value!r} is not one of {', '.join(map(str, values))}")
+        found += _unknown_choices(getattr(group, "moe", None))
+    return found
+
+
+def _batch(train: TrainConfig, mesh: MeshShape) -> tuple[TrainConfig, list[str]]:
     """Fill batch_size = dp * micro_batch_size * micro_batches from those that are set."""
+    dp = mesh.dp
     batch, size, number = train.batch_size, train.micro_batch_size, train.micro_batches
     if min(batch, size, number) < 0:
         given = f"batch_size={batch}, micro_batch_size={size}, micro_batches={number}"
@@ -313,7 +338,10 @@ def _batch(train: TrainConfig, dp: int) -> tuple[TrainConfig, list[str]]:
     elif not size or not number:
         count, setting = (size, "micro_batch_size") if size else (number, "micro_batches")
         if (batch // dp) % count:
-            fits = nearest(count, divisors(batch // dp))
+            legal = divisors(batch // dp)
+            if setting == "micro_batches" and train.schedule == "interleaved":  # goes through them in groups of pp
+                legal = [number for number in legal if number % mesh.pp == 0] or legal
+            fits = nearest(count, legal)
             return train, [f"{setting}={count} does not divide the {batch // dp} sequences of a rank; try {fits}"]
         size, number = size or batch // dp // number, number or batch // dp // size
     if dp * size * number != batch:
@@ -337,8 +365,11 @@ def resolve(run: RunConfig, *, gpus: int = 0) -> RunConfig:
     if run.layout == "auto":
         run = replace(run, layout=f"dp={max(gpus, 1)}" if device == "cuda" else "dp=2,tp=2")
     mesh, model, train = run.mesh, run.model, replace(run.train, device=device)
+    found = _unknown_choices(train, model)
+    if found:
+        raise ConfigError("\n".join(found))
     found = layout_problems(model, mesh) + context_problems(model, mesh, train) + expert_problems(model, mesh, train)
-    train, batch_problems = _batch(train, mesh.dp)
+    train, batch_problems = _batch(train, mesh)
     found += batch_problems
     if not found:
         found += schedule_problems(model, mesh, train)

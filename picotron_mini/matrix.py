@@ -26,7 +26,7 @@ from dataclasses import replace
 from math import lcm, prod
 from typing import Any, get_args, get_type_hints
 
-from .config import AXES, ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig
+from .config import AXES, ConfigError, MeshShape, ModelConfig, MoEConfig, RunConfig, TrainConfig, divisors
 from .legality import resolve
 from .verify import EXPERTS, MODEL, OPTIMIZERS, TRAIN
 
@@ -56,13 +56,14 @@ def combinations(max_ranks: int = MAX_RANKS) -> list[RunConfig]:
 def expert_combinations(max_ranks: int = MAX_RANKS) -> list[RunConfig]:
     """Every legal combination again, with a model that has experts (`verify.EXPERTS`), spread over every ep > 1.
 
-    With every way to take tokens to them.
+    With every way to take tokens to them. Where ep does not divide their number, there are two on a rank.
     """
-    model = replace(MODEL, num_layers=1, moe=EXPERTS)
     out = []
     for run in combinations(max_ranks):
         plain = {name: getattr(run.train, name) for name in CHOICES}
         for ep, way in itertools.product(range(2, run.mesh.dp * run.mesh.cp + 1), _values("dispatch")):
+            experts = EXPERTS if EXPERTS.num_experts % ep == 0 else replace(EXPERTS, num_experts=2 * ep)
+            model = replace(MODEL, num_layers=1, moe=experts)
             found = legal(replace(run.mesh, ep=ep), plain | {"dispatch": way}, model)
             out += [] if found is None else [found]
     return out
@@ -115,22 +116,51 @@ def pairwise(runs: Sequence[RunConfig]) -> list[RunConfig]:
     return out
 
 
-def sample(number: int, seed: int, max_ranks: int = MAX_RANKS) -> list[RunConfig]:
+def sample(number: int, seed: int, max_ranks: int = MAX_RANKS, experts: bool = False) -> list[RunConfig]:
     """Random legal runs of random models: the same for the same seed.
 
     Besides the technique everything is drawn that may matter to one: heads, widths, layers, vocabulary, tied or not,
     norms on queries and keys, sequence and micro-batches, masks, recompute, parts of the loss, what is frozen,
     clipping, buckets, groups of ZeRO and of the sum of gradients.
+
+    Args:
+        experts: of mixtures, on any ep; how they route and are balanced is drawn as well.
     """
     draw = random.Random(seed)
     shapes = [mesh for mesh in meshes(max_ranks) if mesh.world_size > 1]
     out: list[RunConfig] = []
     while len(out) < number:
         mesh = draw.choice(shapes)
+        model, more = _drawn_model(draw, mesh), {}
+        if experts:
+            mesh = replace(mesh, ep=draw.choice(divisors(mesh.dp * mesh.cp)))
+            model, more = replace(model, moe=_drawn_experts(draw, mesh.ep)), _drawn_ways(draw, mesh.ep)
         settings = {n: draw.choice(_values(n)) for n, axis in CHOICES.items() if getattr(mesh, axis) > 1}
-        run = legal(mesh, settings | _drawn_train(draw, mesh), _drawn_model(draw, mesh))
+        run = legal(mesh, settings | _drawn_train(draw, mesh) | more, model)
         out += [run] if run is not None and run not in out else []
     return out
+
+
+def _drawn_experts(draw: random.Random, ep: int) -> MoEConfig:
+    number = ep * draw.randint(1, 3) if ep > 1 else draw.randint(2, 6)
+    groups = draw.choice(divisors(number))
+    return MoEConfig(
+        num_experts=number, top_k=draw.randint(1, number), expert_size=draw.randint(4, 20),
+        shared_size=draw.choice((0, 6)), dense_layers=draw.choice((0, 0, 1)), scale=draw.choice((1.0, 2.5)),
+        choice=draw.choice(("token", "token", "expert")),
+        score=draw.choice(("softmax", "sigmoid")), normalize=draw.random() < 0.5,
+        groups=groups, limit_groups=draw.randint(1, groups), capacity=draw.choice((None, None, 0.6, 1.25)),
+        jitter=draw.choice((0.0, 0.1)), balance=draw.choice(("aux", "bias", "none")), aux_weight=0.3,
+        aux_scope=draw.choice(("sequence", "global")), z_weight=draw.choice((0.0, 0.1)), bias_rate=0.05,
+    )  # fmt: skip
+
+
+def _drawn_ways(draw: random.Random, ep: int) -> dict[str, Any]:
+    """What only experts on several ranks have."""
+    if ep == 1:
+        return {}
+    return {"dispatch_parts": draw.choice((1, 1, 2)), "place_every": draw.choice((0, 0, 1)),
+            "expert_replicas": draw.choice((0, 0, 1))}  # fmt: skip
 
 
 def _drawn_model(draw: random.Random, mesh: MeshShape) -> ModelConfig:
@@ -173,11 +203,14 @@ def optimizers_of(run: RunConfig) -> list[RunConfig]:
 
 def flags(run: RunConfig) -> str:
     """What follows `picotron-mini verify` to ask for this run: its layout and all that is not verify's default."""
-    plain = replace(TRAIN, batch_size=0)
+    plain, moe = replace(TRAIN, batch_size=0), run.model.moe
     words = [str(run.mesh)]
-    for group, default in ((run.model, MODEL), (replace(run.train, batch_size=0, steps=plain.steps), plain)):
+    groups: list[tuple[Any, Any]] = [(replace(run.model, moe=None), MODEL)]
+    if moe and (moe != EXPERTS or run.mesh.ep == 1):  # else those that verify gives by itself
+        groups.append((moe, MoEConfig()))
+    for group, default in (*groups, (replace(run.train, batch_size=0, steps=plain.steps), plain)):
         for name, value in vars(default).items():
-            if (mine := getattr(group, name)) != value and mine != EXPERTS:  # those verify gives by itself
+            if (mine := getattr(group, name)) != value:
                 flag = name.replace("_", "-")
                 if isinstance(mine, bool):
                     words.append(f"--{flag}" if mine else f"--no-{flag}")

@@ -97,6 +97,11 @@ def answer(run: RunConfig, wanted: PlanConfig, width: int = 120) -> Answer:
             },
         }  # fmt: skip
         return Answer(dry_table(run, results), data, not problems)
+    if not known:
+        refuse_everywhere(run, ranks)
+    elif wanted.machine == "this":  # what is illegal is refused before this machine is measured for it
+        train = replace(run.train, device="cuda" if torch.cuda.device_count() else "cpu")
+        resolve(replace(run, train=train), gpus=ranks)
     machine = choose_machine(run, wanted, min(ranks, here))
     run = replace(run, train=replace(run.train, device="cpu" if machine.cores else "cuda"))
     about = {"machine": machine.name, "source": machine.source, "memory_bytes": machine.memory, "ranks": ranks,
@@ -105,7 +110,6 @@ def answer(run: RunConfig, wanted: PlanConfig, width: int = 120) -> Answer:
         found = predict(resolve(run, gpus=ranks), machine, skew=skew(run.mesh.ep))
         data = {**about, "considered": 1, "refused": 0, "fits": found.fits, "layouts": [to_dict(found)]}
         return Answer(_one(found, machine), data, found.fits)
-    refuse_everywhere(run, ranks)
     result = plan(run, ranks, machine, skew)
     shown = result.ranked or ((result.smallest,) if result.smallest else ())
     data = {
@@ -197,15 +201,17 @@ def _faster(links: Any, gb_s: float) -> dict[str, Link]:
     return {name: replace(link, bandwidth=gb_s * 1e9) for name, link in links.items()}
 
 
-def memory_table(run: RunConfig) -> Table:
+def memory_table(run: RunConfig, skew: float = 1.0) -> Table:
     """What a rank of each stage needs, predicted; for `describe`.
 
     Args:
         run: resolved, with the vocabulary's size filled.
+        skew: load of the busiest ep rank over the even one.
     """
-    stages = memory_of_stages(run)
-    even = "; experts are taken to be equally busy (plan --skew)" if run.model.moe else ""
-    out = Table(title=f"memory of a rank at the worst moment of a step, predicted{even}", title_justify="left")
+    stages = memory_of_stages(run, skew)
+    busy = "experts are taken to be equally busy (--skew)" if skew == 1 else f"of the busiest experts, skew {skew:.2f}"
+    about = f"; {busy}" if run.model.moe else ""
+    out = Table(title=f"memory of a rank at the worst moment of a step, predicted{about}", title_justify="left")
     out.add_column("what for")
     for number in range(len(stages)):
         out.add_column(f"stage {number}", justify="right")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .config import UserError
 from .data.bigram import bigram_bits_per_byte, unigram_bits_per_byte
 from .mesh import coordinates
 from .model.costs import flops_per_token, parameters
@@ -148,12 +149,10 @@ class Recorder:
         if moe is not None and moe.choice == "expert":
             return {"prompt": "", "text": "(experts that choose tokens look ahead, so this model cannot write)"}
         tokens = torch.tensor([self.tokenizer.encode(prompt)])
-        # a run that has diverged has no probabilities to draw from; its summary must be written all the same
-        finite = all(bool(weight.isfinite().all()) for weight in model.parameters())
-        out = generate(
-            model, tokens.to(self.device), SAMPLE_TOKENS, temperature=0.8 if finite else 0.0,
-            stop_token=self.tokenizer.end,
-        )[0].tolist()  # fmt: skip
+        try:
+            out = generate(model, tokens.to(self.device), SAMPLE_TOKENS, stop_token=self.tokenizer.end)[0].tolist()
+        except UserError as error:  # a run that has diverged; its summary must be written all the same
+            return {"prompt": "", "text": f"({error})"}
         return {"prompt": prompt, "text": self.tokenizer.decode([t for t in out if t != self.tokenizer.end])}
 
     def _experts(self, model: GPT) -> dict[str, Any]:

@@ -25,9 +25,13 @@ def load(folder: str | Path, device: str = "cpu") -> GPT:
     """The model of a run's folder (its `weights/`), or of a folder of Hugging Face weights.
 
     Raises:
-        UserError: there are no weights.
+        UserError: there are no weights, or some are NaN or infinite.
     """
     config, state = load_hf(_weights(folder))
+    broken = [name for name, weight in state.items() if not weight.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if broken[1:] else ""
+        raise UserError(f"{broken[0]}{more} of {folder} holds NaN or infinite numbers; take an earlier checkpoint")
     model = GPT(config)
     if config.tie_embeddings:
         state = state | {"head.weight": state["embed.weight"]}

@@ -673,6 +673,14 @@ def test_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         main(["describe", "dp=2,ep=2", "--preset", "moe-tiny"])
     out = capsys.readouterr().out
     assert re.search(r"routing +│ +[\d.]+ [KM]iB", out) and "equally busy" in out
+    with pytest.raises(SystemExit):
+        main(["describe", "dp=2,ep=2", "--preset", "moe-tiny", "--skew", "2"])
+    busy = capsys.readouterr().out
+    routing = [float(re.findall(r"routing +│ +([\d.]+) MiB", text)[0]) for text in (out, busy)]
+    assert routing[1] > routing[0] and "of the busiest experts, skew 2.00" in " ".join(busy.split())
+    with pytest.raises(SystemExit) as end:
+        main(["describe", "dp=2", "--skew", "2"])
+    assert end.value.code == 2 and "skew=2 is for a mixture of experts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -682,6 +690,20 @@ def test_describe_needs_no_gpu(name: str, capsys: pytest.CaptureFixture[str], mo
         main(["describe", "--preset", name])
     out, err = capsys.readouterr()
     assert (end.value.code, err) == (0, "") and "where the parameters live" in out
+
+
+@pytest.mark.slow
+def test_train_prints_one_json_object(tmp_path: Path) -> None:
+    """And nothing else to stdout, the ranks' progress included."""
+    flags = "dp=2 --json --steps 2 --seq-len 16 --num-layers 1 --hidden-size 16 --intermediate-size 32 --num-heads 2"
+    more = f"--num-kv-heads 1 --eval-batches 1 --batch-size 4 --out {tmp_path} --text {tmp_path / 'text.txt'}"
+    (tmp_path / "text.txt").write_text("a few words. " * 400)
+    done = python("-m", "picotron_mini", "train", *flags.split(), *more.split())
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["steps_done"] == 2 and "report: " in done.stderr and "step" in done.stderr
+    (folder,) = tmp_path.glob("*/summary.json")
+    assert summary == json.loads(folder.read_text())
 
 
 @pytest.mark.slow

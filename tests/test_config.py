@@ -215,7 +215,7 @@ def test_a_length_is_not_judged_by_a_tp_that_the_model_refuses() -> None:
         (
             "cp=3,tp=2",
             {"seq_len": 21, "context": "ulysses", "sequence_parallel": True},
-            "sequence_parallel: cp*tp=6 does not divide seq_len=21; seq_len could be 12 or 24",
+            "sequence_parallel: cp*tp=6 does not divide seq_len=21; seq_len could be 18 or 24",
         ),
         (
             "cp=2,tp=2",
@@ -247,9 +247,38 @@ def test_lengths_for_ulysses_and_sequence_parallel_agree() -> None:
     with pytest.raises(ConfigError) as error:
         resolve(RunConfig(layout="cp=3,tp=2", model=model, train=train))
     said = str(error.value).splitlines()
-    assert [line.rsplit(" ", 3)[1:] for line in said] == [["seq_len=18", "or", "24"], ["12", "or", "24"]]
+    assert [line.rsplit(" ", 3)[1:] for line in said] == [["seq_len=18", "or", "24"], ["18", "or", "24"]]
     for fits in (12, 18, 24):
         assert resolve(RunConfig(layout="cp=3,tp=2", model=model, train=replace(train, seq_len=fits)))
+
+
+def test_lengths_for_the_ring_and_sequence_parallel_agree() -> None:
+    train = TrainConfig(sequence_parallel=True, seq_len=125)
+    with pytest.raises(ConfigError) as error:
+        resolve(RunConfig(layout="cp=2,tp=2", model=MODEL, train=train))
+    assert str(error.value).count("124 or 128") == 2
+    for fits in (124, 128):
+        assert resolve(RunConfig(layout="cp=2,tp=2", model=MODEL, train=replace(train, seq_len=fits)))
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "words"),
+    [
+        ({}, {"recompute": "layer"}, "recompute='layer' is not one of none, selective, full"),
+        ({}, {"schedule": "gpipe"}, "schedule='gpipe' is not one of 1f1b, afab, interleaved, zb-h1, zb-v"),
+        ({"moe": MoEConfig(balance="luck")}, {}, "balance='luck' is not one of aux, bias, none"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_that_a_setting_does_not_have(model: dict[str, Any], train: dict[str, Any], words: str) -> None:
+    """From the command line and from files it cannot come."""
+    with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"):
+        resolve(RunConfig(layout="dp=2", model=replace(MODEL, **model), train=replace(TrainConfig(), **train)))
+
+
+def test_micro_batches_for_interleaved_are_advised_in_groups_of_pp() -> None:
+    train = TrainConfig(schedule="interleaved", batch_size=8, micro_batches=3)
+    with pytest.raises(ConfigError, match="micro_batches=3 does not divide the 8 sequences of a rank; try 4 or 8$"):
+        resolve(RunConfig(layout="pp=4", model=replace(MODEL, num_layers=8), train=train))
 
 
 def test_the_lengths_and_cp_that_are_suggested_do_work() -> None:

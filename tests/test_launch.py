@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,34 @@ def test_a_hang_ends_at_the_deadline_and_shows_each_stack(ranks) -> None:
     assert "in spins" in second
     assert "multiprocessing" not in text  # how a rank is started is no news
     assert not multiprocessing.active_children()
+
+
+def one_is_waited_for_in_vain() -> None:
+    if dist.get_rank() == 0:
+        work = dist.irecv(torch.empty(1), src=1)
+        assert work is not None
+        work.wait(timedelta(seconds=1))  # as any message does after the process group's ten minutes
+    spins()
+
+
+def test_a_rank_that_hangs_is_the_cause_and_not_the_one_that_waited_for_it(ranks) -> None:
+    with pytest.raises(RankError) as error:
+        ranks(one_is_waited_for_in_vain, world_size=2, timeout=None)
+    assert error.value.rank == 1
+    text = str(error.value)
+    assert "rank 0 waited for it until its timeout. Still running: 1 rank(s)." in text and "in spins" in text
+
+
+def test_an_error_of_ones_own_that_speaks_of_time_is_still_the_cause(ranks) -> None:
+    with pytest.raises(RankError, match="the download timed out") as error:
+        ranks(download_fails, world_size=2)
+    assert error.value.rank == 1
+
+
+def download_fails() -> None:
+    if dist.get_rank() == 1:
+        raise TimeoutError("the download timed out")
+    dist.barrier()
 
 
 def one_is_slow_to_start() -> None:

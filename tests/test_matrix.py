@@ -17,7 +17,7 @@ import torch
 
 from picotron_mini import verify_all as runner
 from picotron_mini.cli import main
-from picotron_mini.config import AXES, MeshShape, RunConfig
+from picotron_mini.config import AXES, MeshShape, MoEConfig, RunConfig
 from picotron_mini.flags import Verify, parse
 from picotron_mini.launch import RankError, launch
 from picotron_mini.legality import resolve
@@ -35,7 +35,7 @@ from picotron_mini.matrix import (
     technique,
 )
 from picotron_mini.parity import Difference, Report
-from picotron_mini.verify import MODEL, TRAIN, _jobs_on_rank, verify_together
+from picotron_mini.verify import EXPERTS, MODEL, TRAIN, _jobs_on_rank, verify_together
 
 ALL = combinations()
 
@@ -87,9 +87,12 @@ def test_a_flag_without_its_axis_is_no_other_combination() -> None:
 
 def test_the_flags_ask_for_the_very_run() -> None:
     """So a line of a log is a command."""
-    for run in random.Random(0).sample(ALL, 40) + sample(10, 1):
+    mixtures = random.Random(0).sample(expert_combinations(), 20) + sample(20, 1, experts=True)
+    for run in random.Random(0).sample(ALL, 40) + sample(10, 1) + mixtures:
         default = RunConfig(layout="dp=2,tp=2", model=MODEL, train=TRAIN)
         asked = parse(Verify, "verify", shlex.split(flags(run)), default).run
+        if asked.mesh.ep > 1 and not asked.model.moe:
+            asked = replace(asked, model=replace(asked.model, moe=EXPERTS))  # as verify does
         asked = resolve(replace(asked, train=replace(asked.train, batch_size=0, steps=run.train.steps)))
         assert asked == run, flags(run)
 
@@ -148,6 +151,17 @@ def test_a_sample_depends_on_its_seed_alone() -> None:
         "document_mask",
     ):
         assert len({getattr(run.train, name) for run in many}) > 1, name
+
+
+def test_a_sample_with_experts_draws_their_settings_too() -> None:
+    many = sample(120, 0, experts=True)
+    assert many == sample(120, 0, experts=True) and {run.mesh.ep for run in many} > {1, 2, 3, 4}
+    for name in vars(MoEConfig()):
+        assert len({getattr(run.model.moe, name) for run in many}) > 1 or name in ("aux_weight", "bias_rate"), name
+    for name in ("dispatch", "dispatch_parts", "place_every", "expert_replicas"):
+        assert len({getattr(run.train, name) for run in many}) > 1, name
+    for axis in ("tp", "pp", "cp"):  # biases meet ep with every other axis
+        assert any(run.mesh.ep > 1 and getattr(run.mesh, axis) > 1 and run.model.moe.balance == "bias" for run in many)  # type: ignore[union-attr]
 
 
 def test_the_default_matrix_has_every_technique_alone_and_some_together() -> None:
@@ -303,16 +317,18 @@ def test_every_pair_of_techniques_equals_one_device() -> None:
 @pytest.mark.slow
 def test_every_pair_of_techniques_equals_one_device_with_experts_on_several_ranks() -> None:
     runs = expert_combinations()
-    assert {run.mesh.ep for run in runs} == {2, 4, 8} and all(run.model.moe for run in runs)
+    assert {run.mesh.ep for run in runs} == set(range(2, 9))
+    assert all(run.model.moe and run.model.moe.num_experts % run.mesh.ep == 0 for run in runs)
     assert {run.train.dispatch for run in runs} == {"alltoall", "allgather"}
     expect_all_equal(sorted(pairwise(runs), key=lambda run: run.mesh.world_size))
 
 
 @pytest.mark.slow
-def test_a_random_sample_equals_one_device() -> None:
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_a_random_sample_equals_one_device(experts: bool) -> None:
     seed = int(os.environ.get("SAMPLE_SEED", random.SystemRandom().randrange(1000_000)))
     print(f"SAMPLE_SEED={seed}")  # pytest shows it if the test fails
-    expect_all_equal(sorted(sample(10, seed), key=lambda run: run.mesh.world_size))
+    expect_all_equal(sorted(sample(10, seed, experts=experts), key=lambda run: run.mesh.world_size))
 
 
 @pytest.mark.slow

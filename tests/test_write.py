@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from picotron_mini import write as write_module
 from picotron_mini.cli import main
-from picotron_mini.config import ModelConfig, UserError
+from picotron_mini.config import ModelConfig, MoEConfig, UserError
 from picotron_mini.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from picotron_mini.model.generate import generate
 from picotron_mini.model.gpt import GPT, init_weights
@@ -195,6 +196,25 @@ def test_not_a_run(tmp_path: Path, said: Callable[..., tuple[int, str, str]]) ->
     status, out, err = said(tmp_path / "empty")
     assert (status, out) == (1, "")
     assert err == f"error: {tmp_path / 'empty'} holds no weights; give the folder of a finished run, as runs/my-run\n"
+
+
+@pytest.mark.parametrize("layout", ["1", "tp=2"])
+def test_weights_that_are_not_finite_write_nothing(
+    layout: str, tmp_path: Path, said: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At temperature 0 the most likely of NaN is token 0: text that means nothing."""
+    config = replace(MODEL, moe=MoEConfig(num_experts=4, expert_size=16))
+    model = GPT(config)
+    init_weights(model, 0)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state["layers.1.mlp.router.weight"][2] = float("nan")
+    state["norm.weight"][0] = float("inf")
+    save_hf(state, config, tmp_path / "weights")
+    byte_tokenizer().save(tmp_path / "weights")
+    monkeypatch.setattr(write_module, "launch", None)  # no process is started
+    status, out, err = said(tmp_path, "x", "--temperature", "0", "--layout", layout)
+    assert (status, out) == (1, "")
+    assert "layers.1.mlp.router.weight and 1 more of" in err and "take an earlier checkpoint" in err
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "no/where"])

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from picotron_mini.config import ConfigError
+from picotron_mini.config import ConfigError, UserError
 from picotron_mini.model.gpt import GPT
 
 
@@ -145,6 +145,7 @@ def stream(
 
     Raises:
         ConfigError: an empty prompt, or settings out of range.
+        UserError: a score is NaN or infinite.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ConfigError(f"a prompt of shape {list(tokens.shape)} cannot be continued; it needs one token or more")
@@ -153,7 +154,13 @@ def stream(
     cache = KeyValueCache(tokens.shape[1] + max_new_tokens)
     done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        new = sample(scores(tokens, cache), temperature, top_k, generator)  # the whole prompt first, then one by one
+        logits = scores(tokens, cache)  # the whole prompt first, then one by one
+        if not logits.isfinite().all():
+            raise UserError(
+                f"after {cache.length} tokens the model's scores are NaN or infinite, so no token comes next; its "
+                "weights have diverged, or dtype is too narrow for them: take an earlier checkpoint, or float32"
+            )
+        new = sample(logits, temperature, top_k, generator)
         if stop_token is not None:
             new = torch.where(done, stop_token, new)
             done |= new == stop_token

@@ -10,7 +10,7 @@
     6 recompute  around what is compiled; and the loss in chunks
     7 data       last, because it takes the parameters as they are now, and cuts them if asked to (ZeRO)
 
-Also here: `layout_of`, which says before any process exists where everything will be, and `describe`, which prints it.
+Also here: `layout_of`, which says before any process exists where everything will be (`describe.py` prints it).
 """
 
 from __future__ import annotations

@@ -50,15 +50,20 @@ class ShardedOptimizer:
 
     Args:
         parameters: or groups of them, as torch's optimizers take; contiguous.
-        kind: a class of `torch.optim`, or one's own, which then gets whole parameters and must look at one at a time.
+        kind: a class of `torch.optim`, or one's own, which must look at one parameter at a time.
         axis: the ranks that hold the same weights.
+        elementwise: whether `kind` treats every element by itself, so that its parameters may be cut anywhere. None: as
+            is known of torch's own; of others not, so they get whole parameters.
         options: of `kind`.
 
     Raises:
         ConfigError: `kind` cannot be shared out, or a parameter is not contiguous.
     """
 
-    def __init__(self, parameters: Iterable[Any], kind: type[optim.Optimizer], axis: Axis, **options: Any) -> None:
+    def __init__(
+        self, parameters: Iterable[Any], kind: type[optim.Optimizer], axis: Axis, *, elementwise: bool | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         for refused, reason in REFUSED.items():
             if issubclass(kind, refused):
                 raise ConfigError(f"{kind.__name__} cannot be shared out over {axis.name}={axis.size}: it {reason}")
@@ -71,7 +76,8 @@ class ShardedOptimizer:
             raise ConfigError("a parameter is not contiguous; its elements have no order to be cut in")
         sizes = [p.numel() for p in self.parameters]
         # shares[r]: (number of the parameter, first element, end) for each piece that rank r updates
-        self.shares = cut_anywhere(sizes, axis.size) if kind in ELEMENTWISE else whole(sizes, axis.size)
+        anywhere = kind in ELEMENTWISE if elementwise is None else elementwise
+        self.shares = cut_anywhere(sizes, axis.size) if anywhere else whole(sizes, axis.size)
         self.pieces: list[tuple[int, Tensor]] = []  # this rank's: the parameter's number, and the part as a view
         for number, start, end in self.shares[axis.index]:
             parameter = self.parameters[number].detach()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from picotron_mini.config import ConfigError, ModelConfig
+from picotron_mini.config import ConfigError, ModelConfig, UserError
 from picotron_mini.model.generate import KeyValueCache, generate, next_logits, sample, stream
 from picotron_mini.model.gpt import GPT, init_weights
 
@@ -126,6 +126,20 @@ def test_sampling_follows_the_probabilities() -> None:
 def test_impossible_requests_are_refused(model: GPT, tokens: Tensor, settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate(model, tokens, 3, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_scores_that_are_not_finite_give_no_token(temperature: float) -> None:
+    """With finite weights too: a router's logits may overflow."""
+
+    def scores(tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        cache.extend(tokens.shape[1], None)
+        return torch.full((1, 5), 0.0 if cache.length < 5 else float("nan"))
+
+    written = stream(scores, torch.zeros(1, 3, dtype=torch.int64), 9, temperature=temperature)
+    assert len([next(written), next(written)]) == 2
+    with pytest.raises(UserError, match="after 5 tokens the model's scores are NaN or infinite"):
+        next(written)
 
 
 def test_a_cache_refuses_what_it_cannot_hold(model: GPT) -> None:

@@ -2,23 +2,32 @@
 
 import graphlib
 import itertools
+import os
+import signal
+import time
 import weakref
 from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from picotron_mini.collectives import Done, ledger
-from picotron_mini.config import MeshShape
+from picotron_mini.config import MeshShape, RunConfig, TrainConfig
 from picotron_mini.launch import RankError, launch
+from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
+from picotron_mini.model.gpt import GPT
 from picotron_mini.parallel import pipeline
 from picotron_mini.parallel.actions import Route, route_of
 from picotron_mini.parallel.deferred import Deferred
 from picotron_mini.parallel.pipeline import run_forward, run_pipeline
 from picotron_mini.parallel.receives import receives_in_one_order, receives_in_own_order
 from picotron_mini.parallel.schedules import SCHEDULES, Action, balance, find_schedule
+from picotron_mini.verify import MODEL, TRAIN, _on_rank, make_batches
 
 B, T, D, V, LAYERS, MICRO_BATCHES = 2, 3, 4, 7, 5, 5
 CASES = [(name, m, frozen) for name in SCHEDULES for m in range(1, MICRO_BATCHES + 1) for frozen in (False, True)]
@@ -205,6 +214,44 @@ def test_exception_in_a_stage_surfaces():
     with pytest.raises(RankError, match="stage 1 broke") as caught:
         launch(failing_stage, 3, False, world_size=3, timeout=60)
     assert caught.value.rank == 1
+
+
+def broken_stage(schedule, how):
+    """One step of a pipeline of two, of which the second stage breaks in its second forward."""
+    train = replace(TRAIN, schedule=schedule, micro_batches=4, batch_size=0, steps=1)
+    run = resolve(RunConfig(layout="pp=2", model=replace(MODEL, num_layers=5), train=train))
+    calls = []
+
+    def breaks(module, _):
+        calls.append(isinstance(module, GPT))
+        if sum(calls) < 2 or dist.get_rank() == 0:
+            return
+        if how == "raises":
+            raise RuntimeError("stage 1 broke")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            time.sleep(1)
+
+    nn.modules.module.register_module_forward_pre_hook(breaks)
+    _on_rank([run], make_batches(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", sorted(get_args(get_type_hints(TrainConfig)["schedule"])))
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [("raises", "RuntimeError: stage 1 broke"), ("killed", "killed by SIGKILL"), ("hangs", "rank 1 was at:")],
+)
+def test_a_stage_that_breaks_ends_the_others_in_every_schedule(schedule, how, cause):
+    began = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        launch(broken_stage, schedule, how, world_size=2, timeout=8 if how == "hangs" else 60)
+    assert cause in str(caught.value) and time.monotonic() - began < 30
+    if how == "hangs":
+        assert "in breaks" in str(caught.value).split("rank 1 was at:")[1]
+    else:
+        assert caught.value.rank == 1
 
 
 def test_wrong_shape_is_named_before_it_is_sent():

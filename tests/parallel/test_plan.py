@@ -597,6 +597,14 @@ def test_what_experts_on_several_ranks_have_is_left_out_on_one() -> None:
         assert {(each.dispatch_parts, each.dispatch_payload, each.place_every) for each in trains} == {has}
 
 
+def test_what_is_illegal_is_refused_before_a_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "calibrated", None)
+    with pytest.raises(ConfigError, match="tp=3 does not divide num_kv_heads"):
+        planner.answer(RunConfig(layout="tp=3", model=MODEL, train=TRAIN), PlanConfig())
+    with pytest.raises(ConfigError, match="zero_group=2 is not searched"):
+        planner.answer(RunConfig(layout="auto", model=MODEL, train=replace(TRAIN, zero_group=2)), PlanConfig(ranks=2))
+
+
 def test_a_machine_is_measured_without_what_several_ranks_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank would refuse all of it."""
     asked: list[TrainConfig] = []

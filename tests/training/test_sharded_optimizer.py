@@ -175,6 +175,29 @@ def test_an_unknown_kind_gets_whole_parameters(ranks: Ranks) -> None:
             torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-12)
 
 
+class Mine(torch.optim.SGD):
+    """One's own that is elementwise."""
+
+
+def cut_or_not(elementwise: bool | None) -> tuple[list[Tensor], list[int]]:
+    parameters = weights("SGD")
+    optimizer = ShardedOptimizer(parameters, Mine, axis_of_world(), elementwise=elementwise, lr=0.1)
+    give_gradients(parameters, 0)
+    optimizer.step()
+    return [p.detach() for p in parameters], [sum(end - start for _, start, end in s) for s in optimizer.shares]
+
+
+def test_ones_own_kind_is_cut_anywhere_if_it_is_said_to_be_elementwise(ranks: Ranks) -> None:
+    parameters = weights("SGD")
+    give_gradients(parameters, 0)
+    Mine(parameters, lr=0.1).step()
+    for elementwise in (None, True):
+        for got, shares in ranks(cut_or_not, elementwise, world_size=WORLD):
+            assert (max(shares) - min(shares) <= 1) == bool(elementwise)
+            for mine, theirs in zip(got, parameters, strict=True):
+                torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-12)
+
+
 def test_shares() -> None:
     assert cut_anywhere([5, 1, 4], 3) == [[(0, 0, 4)], [(0, 4, 5), (1, 0, 1), (2, 0, 2)], [(2, 2, 4)]]
     assert cut_anywhere([1], 3) == [[(0, 0, 1)], [], []]
