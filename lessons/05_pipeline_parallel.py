@@ -1014,7 +1014,7 @@ for name in ("afab", "1f1b", "interleaved", "zb-h1", "zb-v"):
 REFUSED = [
     {"schedule": "interleaved", "micro_batches": 3},  # groups of pp micro-batches fill the ring
     {"schedule": "zb-h1", "compile": True},  # a compiled backward is one piece
-    {"schedule": "zb-v", "recompute": "layer"},  # so is one that runs the forward again
+    {"schedule": "zb-v", "recompute": "full"},  # so is one that runs the forward again
     {"schedule": "zb-h1", "loss_chunks": 2},  # and that of a loss in chunks
 ]
 for settings in REFUSED:

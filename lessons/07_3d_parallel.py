@@ -537,8 +537,8 @@ draw_time(ranked[:8])
 # rates, predicts twenty layouts, runs them, and prints both. The [write-up](../summary/07_3d_parallel.md) has what came
 # out. On two CPU cores all sixteen layouts of one and two ranks are within 15 % in time and 6 % in memory. That took a
 # lesson of its own: the best of ten messages, each timed alone, takes a third of what messages in a step take on
-# average. On one and two GPUs 39 runs were compared with the rates above: all memory is
-# within 10 %, 35 times are within 20 %, and the order of twelve layouts of one model is nearly right (rank correlation
+# average. On one and two GPUs 42 runs were compared with the rates above: all memory is
+# within 10 %, 39 times are within 20 %, and the order of twelve layouts of one model is nearly right (rank correlation
 # 0.83). Where it misses, the host is slower than the GPU. Two GPUs are not 64, though: for the links between hosts the
 # ranking above is a calculation.
 #

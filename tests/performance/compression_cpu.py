@@ -2,7 +2,7 @@
 
     python tests/performance/compression_cpu.py
 
-Not a test: it prints the table for summary/07_3d_parallel.md. Each way starts from the same weights and sees the same
+Not a test: it prints the table of summary/07_3d_parallel.md. Each way starts from the same weights and sees the same
 batches; only how gradients are summed differs. The last row forgets what is owed after each step (no error feedback).
 """
 
