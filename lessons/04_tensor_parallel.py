@@ -807,7 +807,8 @@ assert counts["PyTorch, the plain plan"] == 3 * 7 + 2 + 3 and counts["PyTorch, i
 # ## Exercises
 #
 # Fill in a body and run the cell. The check runs your function on real ranks where that matters, and answers with one
-# line. `solution("04.plan")` (from `picotron_mini.course.exercises`) prints an answer.
+# line. `solution("04.plan")` (from `picotron_mini.course.exercises`) prints an answer. There are seven; the last needs
+# sequence parallelism and stands at the end of that section, below.
 #
 # **1. Which dim of which weight.** For a parameter's name (`"layers.2.mlp.down.weight"`, `"head.weight"`) return the
 # dim that is cut, 0 or 1; or `"whole"`; or `"sum"` if it is held whole and the ranks' gradients must be added up.
@@ -1090,6 +1091,29 @@ assert not broken.ok and "norm" in broken.first_divergence
 # The museum has it as `04.token_norms_not_summed`. Whoever turns the option on and looks at the first loss sees
 # nothing. In the order of backward the final norm is met first, and it is among the wrong ones.
 #
+# **Exercise 7. Norm and MLP on a rank's own tokens.** This rank has its rows of x, the whole weight of the norm, and
+# its slices of `up` and `down`. Return its rows of
+#
+# $$\operatorname{down}(\operatorname{silu}(\operatorname{up}(\operatorname{norm}(x))))$$
+#
+# where the norm is `F.rms_norm(x, norm.shape, norm)`. The loss is a sum over the rows of all ranks. The check compares
+# with one device: the rows, this rank's part of the gradients of x, `up` and `down`, and the whole gradient of `norm`.
+# The library adds up the norms' gradients after backward; here your function sees to it.
+#
+# Write the entry by hand, as in exercise 4. For values there are `all_gather(x, axis, 0)` and
+# `reduce_scatter(x, axis, 0)`, and with gradients `scatter_to(x, axis, 0)` and `copy_to(x, axis)`, all in
+# `picotron_mini.collectives`. Forward and backward together put no more bytes on a ring's wire than two all_reduces of
+# $[T, D]$ and one of $[D]$ do.
+
+
+# %%
+def my_mlp_on_rows(x: Tensor, norm: Tensor, up: Tensor, down: Tensor, axis: Axis) -> Tensor:
+    """x [T/n, D], norm [D] whole, up [F/n, D], down [D, F/n] -> this rank's rows [T/n, D]."""
+
+
+check("04.mlp_on_rows", my_mlp_on_rows)
+
+# %% [markdown]
 # ## Overlap: do not wait
 #
 # Four times a layer a rank stands still until an exchange has arrived. Must it? Two observations:

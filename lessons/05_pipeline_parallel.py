@@ -1093,6 +1093,26 @@ def slow_links(stage: int, stages: int, micro_batches: int) -> list[Action]: ...
 check("05.slow_links", slow_links)
 
 # %% [markdown]
+# **6. Weight gradients that wait, within a budget.** Now the backward is in two halves. F, I and W take one unit each,
+# messages nothing, and there are at least as many micro-batches as stages. A micro-batch is kept from its F to its W.
+# Stage $s$ may keep `more` of them besides the $p-s$ of 1F1B, and none more than $p$: at most
+# $\min(p,\ p-s+\text{more})$. Write the order of one stage, so that the step takes at most
+#
+# $$3m+2(p-1)-\min(\text{more},\ p-1)$$
+#
+# units. (1F1B takes $3m+3(p-1)$. ZB-H1 takes $3m+(p-1)$ and keeps more than `more=0` allows.) The actions are
+# `Action("forward", m)`, `Action("backward_input", m)` and `Action("backward_weight", m)`. F's run in ascending order,
+# and so do I's; a W runs at any time after its I. `schedules.one_f_one_b` is a place to start. The order is simulated
+# for 80 sizes, and any that keeps to time and memory passes.
+
+
+# %%
+def late_weights(stage: int, stages: int, micro_batches: int, more: int) -> list[Action]: ...
+
+
+check("05.late_weights", late_weights)
+
+# %% [markdown]
 # ## From the bug museum
 #
 # Room 05 has bugs of pipelines. This one was found in huggingface/picotron.

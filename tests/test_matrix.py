@@ -345,8 +345,10 @@ def test_a_layout_that_is_trained_twice_gives_the_same_bits() -> None:
     wanted = (
         "dp=4", "dp=2,tp=2 --zero 1 --sequence-parallel --tensor-overlap 2", "dp=4 --zero 3", "cp=4",
         "cp=2,tp=2 --context ulysses", "dp=2,pp=2 --zero 2 --schedule zb-v", "tp=2,pp=2 --schedule interleaved",
+        "dp=2,pp=2", "cp=2,pp=2 --schedule zb-h1", "dp=2,pp=2 --zero 1 --schedule afab", "dp=4,ep=4",
+        "dp=2,cp=2,ep=2 --zero 3 --dispatch allgather",
     )  # fmt: skip
-    runs = [run for run in ALL if technique(run) in wanted]
+    runs = [run for run in ALL + expert_combinations(4) if technique(run) in wanted]
     assert len(runs) == len(wanted)
     for dtype in ("float32", "bfloat16"):  # where another order of additions would be seen
         jobs = [optimizers_of(replace(run, train=replace(run.train, dtype=dtype))) for run in runs]  # type: ignore[arg-type]

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from picotron_mini.config import MeshShape, ModelConfig
+from picotron_mini.course.exercises import exercise, judge
 from picotron_mini.course.figures.timeline import draw_timelines, merge, pretend, timed
 from picotron_mini.course.instruments.in_order import messages_in_order
 from picotron_mini.course.instruments.saved import SavedBytes
 from picotron_mini.course.tasks.chapter_05 import slow_links
+from picotron_mini.course.tasks.chapter_05_weights import SIZES, allowed, late_weights, units
 from picotron_mini.launch import RankError
 from picotron_mini.mesh import Mesh
 from picotron_mini.model.costs import layer_activation_bytes
@@ -159,3 +161,50 @@ def test_the_schedule_for_slow_links_is_as_fast_as_can_be_until_a_message_takes_
         assert (deep.total == wide.total) == equal
         assert deep.peak_live == (7, 5, 3, 1)
         assert simulate(SCHEDULES["1f1b"], 4, 32, send_cost=cost).total > wide.total
+
+
+def test_a_weight_gradient_that_waits_buys_one_unit_for_each_micro_batch_kept() -> None:
+    assert len(SIZES) == len(set(SIZES)) == 80  # as the lesson says
+    for p, m, more in SIZES:
+        timeline = simulate(lambda *size, more=more: late_weights(*size, more), p, m)
+        assert timeline.total == units(p, m, more) == 3 * m + 2 * (p - 1) - min(more, p - 1)
+        assert timeline.peak_live == tuple(allowed(stage, p, more) for stage in range(p))
+        if more == 0:
+            assert timeline.peak_live == simulate(SCHEDULES["1f1b"], p, m).peak_live
+        if more >= p - 1:
+            assert all(late_weights(stage, p, m, more) == find_schedule("zb-h1")(stage, p, m) for stage in range(p))
+
+
+def test_other_orders_of_weight_gradients_pass_if_they_keep_to_time_and_memory() -> None:
+    item = exercise("05.late_weights")
+
+    def whole_on_stage_0(stage: int, stages: int, m: int, more: int) -> list[Action]:
+        return late_weights(stage, stages, m, more) if stage else SCHEDULES["1f1b"](stage, stages, m)
+
+    def last_ones_backwards(stage: int, stages: int, m: int, more: int) -> list[Action]:
+        actions, wait = late_weights(stage, stages, m, more), min(stage, more)
+        return actions[: len(actions) - wait] + actions[len(actions) - wait :][::-1]
+
+    def newest_first(stage: int, stages: int, m: int, more: int) -> list[Action]:
+        waiting, actions = [], []
+        for action in late_weights(stage, stages, m, more):  # the same places, in each the W of the latest I
+            if action.kind == "backward_input":
+                waiting.append(action.micro_batch)
+            weights = action.kind == "backward_weight"
+            actions.append(Action("backward_weight", waiting.pop()) if weights else action)
+        return actions
+
+    for answer in (whole_on_stage_0, last_ones_backwards, newest_first):
+        assert judge(item, answer).passed, answer
+        assert any(answer(stage, 4, 9, 2) != late_weights(stage, 4, 9, 2) for stage in range(4))
+
+
+def test_a_stage_that_goes_back_before_it_went_forward_is_told_so() -> None:
+    item = exercise("05.late_weights")
+    early = next(mistake.hint for mistake in item.mistakes if mistake.name == "W before I")
+
+    def backward_first(stage: int, stages: int, m: int, more: int) -> list[Action]:
+        actions = late_weights(stage, stages, m, more)
+        return actions if stage < stages - 1 else [actions[1], actions[0], *actions[2:]]
+
+    assert judge(item, backward_first).hint == early

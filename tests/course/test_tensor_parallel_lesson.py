@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from picotron_mini import collectives
 from picotron_mini.config import MeshShape, ModelConfig
@@ -108,6 +111,58 @@ def test_a_hook_on_a_view_is_an_entry() -> None:
         return y
 
     assert judge(exercise("04.copy_to"), answer).passed
+
+
+def rows_answer(
+    weight: Callable[[Tensor, Axis], Tensor], enter: Callable[[Tensor, Axis], Tensor]
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Axis], Tensor]:
+    """An answer to 04.mlp_on_rows that does `weight` to the norm's weight and has the entry `enter`."""
+
+    def answer(x: Tensor, norm: Tensor, up: Tensor, down: Tensor, axis: Axis) -> Tensor:
+        rows = enter(F.rms_norm(x, norm.shape, weight(norm, axis)), axis)
+        return collectives.scatter_to(F.silu(rows @ up.T) @ down.T, axis, 0)
+
+    return answer
+
+
+def hooked(norm: Tensor, axis: Axis) -> Tensor:
+    norm.register_hook(lambda gradient: collectives.all_reduce(gradient, axis))
+    return norm
+
+
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    return collectives.gather_from(x, axis, 0)
+
+
+def own_rows_back(x: Tensor, axis: Axis) -> Tensor:
+    """The rows of all ranks, of which only the own ones have a gradient."""
+    others = list(collectives.all_gather(x.detach(), axis, 0).chunk(axis.size))
+    others[axis.index] = x
+    return torch.cat(others)
+
+
+def test_a_hook_on_the_norms_weight_adds_up_its_gradient() -> None:
+    assert judge(exercise("04.mlp_on_rows"), rows_answer(hooked, gather)).passed
+
+
+def test_of_two_mistakes_with_rows_the_first_in_the_order_of_backward_is_told() -> None:
+    item = exercise("04.mlp_on_rows")
+    hints = {mistake.name: mistake.hint for mistake in item.mistakes}
+    assert judge(item, rows_answer(lambda norm, axis: norm, own_rows_back)).hint == hints["own rows of the gradient"]
+    assert judge(item, rows_answer(hooked, own_rows_back)).hint == hints["own rows of the gradient"]
+    assert judge(item, rows_answer(lambda norm, axis: norm, gather)).hint == hints["norm not summed"]
+
+
+def test_mistakes_with_rows_that_nobody_planted_are_told_by_rank_and_quantity() -> None:
+    def told(answer: Callable[..., object]) -> str:
+        return judge(exercise("04.mlp_on_rows"), answer).hint
+
+    twice = rows_answer(lambda norm, axis: hooked(collectives.copy_to(norm, axis), axis), gather)
+    assert told(twice).endswith("on rank 0 the gradient of norm is not: it is 2 times what it should be")
+    assert told(rows_answer(lambda norm, axis: norm.detach(), gather)).endswith("no gradient comes back to norm")
+    assert told(rows_answer(lambda norm, axis: 2 * norm, gather)) == "on rank 0 the value is not that of one device"
+    assert told(lambda x, norm, up, down, axis: x[:1]).endswith("its rows of the result are [4, 3], not [1, 3]")
+    assert told(lambda x, norm, up, down, axis: [x]).endswith("its rows of the result are [4, 3], not list")
 
 
 def test_six_exchanges_are_not_taken_for_bytes_on_the_wire() -> None:

@@ -260,13 +260,13 @@ def run_and_compare(
                     "reduce_from and copy_to carry gradients"
                 )
             if not near(mine[number], rank[0][number]):
-                return f"the value is right, and on rank {index} the gradient of {name} is not{_by(mine, rank, number)}"
+                factor = by_factor(mine[number], rank[0][number])
+                return f"the value is right, and on rank {index} the gradient of {name} is not{factor}"
     raise AssertionError("it is the right answer")
 
 
-def _by(mine: list[Any], rank: list[list[Any]], number: int) -> str:
+def by_factor(got: Tensor, want: Tensor) -> str:
     """How a gradient is wrong, where that is one factor."""
-    got, want = mine[number], rank[0][number]
     factor = (got.flatten() @ want.flatten() / want.pow(2).sum()).item() if got.shape == want.shape else 0
     return f": it is {factor:.3g} times what it should be" if factor and near(got, factor * want) else ""
 

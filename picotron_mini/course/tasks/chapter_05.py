@@ -36,11 +36,11 @@ _PLAIN = (
     'the list holds {!r}, and the executor knows Action("forward", m) and Action("backward", m) only; Action is in '
     "picotron_mini.parallel.schedules"
 )
-_ORDER = (
+ORDER = (
     "messages carry no label: the neighbours take the micro-batches in ascending order, forward and backward, and "
     "would hold one micro-batch's gradient for another's"
 )
-_DEADLOCK = (
+DEADLOCK = (
     "the stages wait for each other for ever: a stage does not send the forward that the next one needs for the "
     "backward that the first one waits for. How many forwards must run before the first backward can arrive?"
 )
@@ -57,11 +57,11 @@ def _schedule_problem(answer: Schedule) -> str | None:
                 return _once(stage, stages, micro_batches)
             for kind in ("forward", "backward"):
                 if [a.micro_batch for a in actions if a.kind == kind] != list(range(micro_batches)):
-                    return _ORDER
+                    return ORDER
         try:
             simulate(answer, stages, micro_batches)
         except ValueError:
-            return _DEADLOCK
+            return DEADLOCK
     return None
 
 
@@ -277,10 +277,10 @@ EXERCISES = [
             Mistake("the same warm-up everywhere", _with_warm_up(lambda stage, stages: stages - 1), _LIVE),
             Mistake("one warm-up more", _with_warm_up(lambda stage, stages: stages - stage), _LIVE),
             Mistake("no warm-up", _with_warm_up(lambda stage, stages: 0), _SLOW),
-            Mistake("upside down", _with_warm_up(lambda stage, stages: stage), _DEADLOCK),
+            Mistake("upside down", _with_warm_up(lambda stage, stages: stage), DEADLOCK),
             Mistake("no cool-down", _no_cool_down, _once(0, 2, 1)),
             Mistake("plain tuples", _tuples, _PLAIN.format(("forward", 0))),
-            Mistake("last in, first out", _stack, _ORDER),
+            Mistake("last in, first out", _stack, ORDER),
         ),
         run=_run_one_f_one_b,
     ),
@@ -311,7 +311,7 @@ EXERCISES = [
             Mistake("one more than 1F1B", _with_warm_up(lambda stage, stages: stages - stage), _TOO_SLOW),
             Mistake("all forward, all backward", all_forward_all_backward, _over_budget(0, MICRO_BATCHES)),
             Mistake("one deeper", _with_warm_up(lambda stage, stages: 2 * (stages - stage) - 1), _over_budget(0, 6)),
-            Mistake("last in, first out", _stack, _ORDER),
+            Mistake("last in, first out", _stack, ORDER),
         ),
         run=_run_slow_links,
     ),
