@@ -837,8 +837,8 @@ kill("06.probabilities_of_one_block", my_test)
 #
 # What has been checked there: on an H200, with torch 2.11, cuDNN's forward and backward of a block agree with float64,
 # with and without a mask, heads of 8 to 128 wide. On two of them the whole ring on these kernels is equal to one device
-# in bf16, and ring and Ulysses are in float32, where the library uses no fused kernel on a GPU: plain products write a
-# block's scores out, exact, slow, for proofs. The
+# in bf16 (without masks of documents), and ring and Ulysses are in float32, where the library uses no fused kernel on a
+# GPU: plain products write a block's scores out, exact, slow, for proofs. The
 # [write-up](../summary/06_context_parallel.md#measured-performance) has the errors beside what is allowed.
 #
 # This chapter's closing run, on two H200s with torch 2.11:
