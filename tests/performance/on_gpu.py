@@ -23,7 +23,8 @@ from picotron_mini.presets import preset
 from picotron_mini.verify import EXPERTS, MODEL, TRAIN, verify
 
 Row = tuple[str, str, dict[str, object]]  # "verify" or "bench", the layout, settings
-# Routing at its worst: 39 % of the first step's choices find no room; or all tokens choose one expert, and the others have no row.
+# Routing at its worst: 39 % of the first step's choices find no room; or all tokens choose one expert, and the others
+# have no row.
 ROUTING = {"capacity": replace(EXPERTS, capacity=0.5), "one_expert": replace(EXPERTS, top_k=1, normalize=False)}
 SAVING = {"recompute": "full", "loss_chunks": 8}
 
