@@ -72,14 +72,18 @@ def calibrated(run: RunConfig, ranks: int, anew: bool = False) -> Machine:
         return from_json(path.read_text(encoding="utf-8"))
     print("measuring this machine, up to a minute or two ...", file=sys.stderr, flush=True)
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > cores / 4:  # one process on two cores keeps it just below 1
+    busy = load > cores / 4  # one process on two cores keeps it just below 1
+    if busy:
         print(
-            f"other programs kept {load:.1f} of {cores} cores busy in the last minute. Beside one, links were once "
-            "measured 1.4 to 3.3 times slower than they are: if any still runs, stop it and try plan --measure",
+            f"this machine was busy in the last minute: a load of {load:.1f} on {cores} cores. Beside another program "
+            "links were once measured 1.4 to 3.3 times slower than they are: if any still runs, stop it and try "
+            "plan --measure",
             file=sys.stderr,
             flush=True,
         )
     machine = calibrate(run, ranks)
+    if busy:
+        machine = replace(machine, source=f"{machine.source}, at a load of {load:.1f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(machine), encoding="utf-8")
     return machine

@@ -204,6 +204,10 @@ def describe_command(args: list[str]) -> int:
     if run.train.device == "cuda":  # nothing runs here, so it does not matter what this machine has
         gpus = max(gpus, 1 if run.layout == "auto" else run.mesh.world_size)
     run = resolve(replace(run, model=replace(run.model, vocab_size=vocab_size)), gpus=gpus)
+    if run.model.moe and run.mesh.ep == 1 and wanted.skew != Describe.skew:
+        raise ConfigError(
+            f"skew={wanted.skew} is of ranks that share experts, and with ep=1 each has all; leave it out"
+        )
     skew = skew_wanted(run, wanted.skew)(run.mesh.ep)
     _print(describe(run))
     _print(memory_table(run, skew))

@@ -256,7 +256,7 @@ class PlanConfig:
     link_gb_s: float = 0.0  # gigabytes a second between ranks of a host; 0: the machine's
     host_link_gb_s: float = 0.0  # ... between hosts, for each rank
     ranks_per_host: int = 0  # 0: the machine's
-    skew: str = "1"  # the busiest rank's load of experts over the even one, after placement; or a run that measured it
+    skew: str = "1"  # the busiest rank's load of experts over the even one, after placement; or the folder of a run
     dry_run: bool = False  # run the layout's ranks without memory, and compare their bytes with the prediction
 
 

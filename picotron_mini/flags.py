@@ -35,7 +35,7 @@ class Run:
 class Train(Run):
     """Train a language model on real text."""
 
-    json: bool = False  # print what summary.json holds as one JSON object; progress goes to stderr
+    json: bool = False  # print the summary as one JSON object (null: no number); progress goes to stderr
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Verify(Run):
 class Describe(Run):
     """Show where each parameter of a layout lives, what a rank sends in a step, and the memory it needs."""
 
-    skew: str = PlanConfig.skew  # the busiest rank's load of experts over the even one; or a run that measured it
+    skew: str = PlanConfig.skew  # the busiest rank's load of experts over the even one; or the folder of a run
 
 
 @dataclass(frozen=True)

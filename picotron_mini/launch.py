@@ -73,14 +73,14 @@ class _Failure:
     silent: bool = False  # ended without a word, as after SIGKILL, or hangs
 
     @property
-    def late(self) -> bool:
-        """Whether it is a complaint about another rank, that it is gone or was waited for in vain."""
-        return bool(_WAITED.search(self.text) or (not self.silent and _PEER_GONE.search(self.text)))
-
-    @property
     def order(self) -> tuple[int, float]:
-        """First causes first: a death or a hang, then an error of its own, then a complaint about another rank."""
-        return (2 if self.late else 0 if self.silent else 1, self.when)
+        """First causes first: a death or a hang; an error of its own; one that waited in vain; one whose peer is gone.
+
+        From 2 on it is a complaint about another rank.
+        """
+        if _WAITED.search(self.text):
+            return (2, self.when)
+        return (0 if self.silent else 3 if _PEER_GONE.search(self.text) else 1, self.when)
 
 
 def under_torchrun() -> bool:
@@ -216,8 +216,9 @@ def _collect(
             if failures:
                 deadline = min(deadline or float("inf"), failures[0].when + 1.0)
             if deadline and time.monotonic() > deadline:
-                if not interrupted and running and all(each.late for each in failures):
-                    why = f"rank {failures[0].rank} waited for it until its timeout" if failures else ""
+                if not interrupted and running and all(each.order[0] > 1 for each in failures):
+                    waited = min(failures, key=lambda f: f.order) if failures else None
+                    why = f"rank {waited.rank} waited for it until its timeout" if waited else ""
                     failures += _hung(running, folder, why or f"no end after {timeout:g} s")
                 break
     finally:

@@ -118,8 +118,8 @@ def schedule_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig) -
     name, chunks = f"schedule={train.schedule}", train.chunks
     if train.schedule != "interleaved" and train.virtual_stages != 2:
         return [
-            f"virtual_stages={train.virtual_stages} is for schedule=interleaved; {name} has {chunks} a stage, and "
-            "takes virtual_stages=2 only, which it does not look at"
+            f"virtual_stages={train.virtual_stages} is for schedule=interleaved; {name} has {chunks} a stage: leave it "
+            "out, or at 2, which means nothing then"
         ]
     if chunks < 2 and train.schedule == "interleaved":
         return [f"virtual_stages={chunks} must be at least 2; with 1 it is schedule=1f1b"]
@@ -314,7 +314,7 @@ def _unknown_choices(*groups: Any) -> list[str]:
     """Values that are none of a setting's own, as a caller in Python may give them, in words."""
     found = []
     for group in (each for each in groups if each is not None):
-        for name, values in _CHOICES[type(group)].items():
+        for name, values in next((_CHOICES[kind] for kind in type(group).__mro__ if kind in _CHOICES), {}).items():
             if (value := getattr(group, name)) not in values:
                 found.append(f"{name}={value!r} is not one of {', '.join(map(str, values))}")
         found += _unknown_choices(getattr(group, "moe", None))

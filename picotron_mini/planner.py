@@ -152,6 +152,8 @@ def skew_wanted(run: RunConfig, text: str) -> Callable[[int], float]:
     try:
         number = float(text)
     except ValueError:
+        if not text or not Path(text).is_dir():
+            raise ConfigError(f"skew={text} is neither a number of 1 or above nor the folder of a run") from None
         lines = [line for line in read_metrics(Path(text) / "metrics.jsonl").lines if "moe_load" in line]
         if not lines or len(loads := lines[-1]["moe_load"][0]) != moe.num_experts:
             has = f"{len(loads)} experts, and the model {moe.num_experts}" if lines else "no load of experts"

@@ -31,7 +31,10 @@ def load(folder: str | Path, device: str = "cpu") -> GPT:
     broken = [name for name, weight in state.items() if not weight.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 1} more" if broken[1:] else ""
-        raise UserError(f"{broken[0]}{more} of {folder} holds NaN or infinite numbers; take an earlier checkpoint")
+        raise UserError(
+            f"NaN or infinite numbers are in {broken[0]}{more} of {folder}: that run has diverged; train again with a "
+            "lower --lr"
+        )
     model = GPT(config)
     if config.tie_embeddings:
         state = state | {"head.weight": state["embed.weight"]}

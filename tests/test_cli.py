@@ -678,9 +678,14 @@ def test_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     busy = capsys.readouterr().out
     routing = [float(re.findall(r"routing +│ +([\d.]+) MiB", text)[0]) for text in (out, busy)]
     assert routing[1] > routing[0] and "of the busiest experts, skew 2.00" in " ".join(busy.split())
-    with pytest.raises(SystemExit) as end:
-        main(["describe", "dp=2", "--skew", "2"])
-    assert end.value.code == 2 and "skew=2 is for a mixture of experts" in capsys.readouterr().err
+    for flags, words in (
+        (("dp=2", "--skew", "2"), "skew=2 is for a mixture of experts"),
+        (("dp=2", "--preset", "moe-tiny", "--skew", "2"), "with ep=1 each has all; leave it out"),
+        (("dp=2,ep=2", "--preset", "moe-tiny", "--skew", "much"), "neither a number of 1 or above nor the folder"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["describe", *flags])
+        assert end.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -275,6 +275,16 @@ def test_a_value_that_a_setting_does_not_have(model: dict[str, Any], train: dict
         resolve(RunConfig(layout="dp=2", model=replace(MODEL, **model), train=replace(TrainConfig(), **train)))
 
 
+def test_settings_of_a_class_of_ones_own() -> None:
+    class Mine(TrainConfig):
+        """With more to say."""
+
+    run = RunConfig(layout="dp=2", model=MODEL, train=Mine())
+    assert resolve(run).train.schedule == "1f1b"
+    with pytest.raises(ConfigError, match="recompute='layer' is not one of"):
+        resolve(replace(run, train=Mine(recompute="layer")))  # type: ignore[arg-type]
+
+
 def test_micro_batches_for_interleaved_are_advised_in_groups_of_pp() -> None:
     train = TrainConfig(schedule="interleaved", batch_size=8, micro_batches=3)
     with pytest.raises(ConfigError, match="micro_batches=3 does not divide the 8 sequences of a rank; try 4 or 8$"):

@@ -267,6 +267,21 @@ def test_a_rank_that_hangs_is_the_cause_and_not_the_one_that_waited_for_it(ranks
     assert "rank 0 waited for it until its timeout. Still running: 1 rank(s)." in text and "in spins" in text
 
 
+def one_message_too_few() -> None:
+    if dist.get_rank() == 0:
+        work = dist.irecv(torch.empty(1), src=1)
+        assert work is not None
+        work.wait(timedelta(seconds=1))
+    elif dist.get_rank() == 2:
+        dist.recv(torch.empty(1), src=0)
+
+
+def test_whoever_waited_in_vain_comes_before_whoever_saw_it_leave(ranks) -> None:
+    with pytest.raises(RankError, match="Timed out waiting") as error:
+        ranks(one_message_too_few, world_size=3, timeout=30)
+    assert error.value.rank == 0
+
+
 def test_an_error_of_ones_own_that_speaks_of_time_is_still_the_cause(ranks) -> None:
     with pytest.raises(RankError, match="the download timed out") as error:
         ranks(download_fails, world_size=2)

@@ -214,7 +214,7 @@ def test_weights_that_are_not_finite_write_nothing(
     monkeypatch.setattr(write_module, "launch", None)  # no process is started
     status, out, err = said(tmp_path, "x", "--temperature", "0", "--layout", layout)
     assert (status, out) == (1, "")
-    assert "layers.1.mlp.router.weight and 1 more of" in err and "take an earlier checkpoint" in err
+    assert "layers.1.mlp.router.weight and 1 more of" in err and "train again with a lower --lr" in err
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "no/where"])

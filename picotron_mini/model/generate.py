@@ -157,8 +157,8 @@ def stream(
         logits = scores(tokens, cache)  # the whole prompt first, then one by one
         if not logits.isfinite().all():
             raise UserError(
-                f"after {cache.length} tokens the model's scores are NaN or infinite, so no token comes next; its "
-                "weights have diverged, or dtype is too narrow for them: take an earlier checkpoint, or float32"
+                f"after {cache.length} tokens the model's scores are NaN or infinite, so no token comes next; "
+                "its weights have diverged, or dtype is too narrow for them: take a wider one, or train with a lower lr"
             )
         new = sample(logits, temperature, top_k, generator)
         if stop_token is not None:

@@ -57,7 +57,7 @@ class ShardedOptimizer:
         options: of `kind`.
 
     Raises:
-        ConfigError: `kind` cannot be shared out, or a parameter is not contiguous.
+        ConfigError: `kind` cannot be shared out, or not element by element, or a parameter is not contiguous.
     """
 
     def __init__(
@@ -67,6 +67,10 @@ class ShardedOptimizer:
         for refused, reason in REFUSED.items():
             if issubclass(kind, refused):
                 raise ConfigError(f"{kind.__name__} cannot be shared out over {axis.name}={axis.size}: it {reason}")
+        if elementwise not in (None, True, False):
+            raise ConfigError(f"elementwise={elementwise!r} must be True, False or None")
+        if elementwise and kind.__module__.startswith("torch.optim") and kind not in ELEMENTWISE:
+            raise ConfigError(f"{kind.__name__} looks at whole parameters, so it is not elementwise; leave that out")
         given = list(parameters)
         groups: list[dict[str, Any]] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
         groups = [group | {"params": list(group["params"])} for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -163,6 +164,20 @@ def test_mistakes_with_rows_that_nobody_planted_are_told_by_rank_and_quantity() 
     assert told(rows_answer(lambda norm, axis: 2 * norm, gather)) == "on rank 0 the value is not that of one device"
     assert told(lambda x, norm, up, down, axis: x[:1]).endswith("its rows of the result are [4, 3], not [1, 3]")
     assert told(lambda x, norm, up, down, axis: [x]).endswith("its rows of the result are [4, 3], not list")
+
+
+def test_what_fits_two_ranks_alone_is_not_enough_with_rows() -> None:
+    def told(answer: Callable[..., object]) -> str:
+        return judge(exercise("04.mlp_on_rows"), answer).hint
+
+    def two_only(*inputs: Any) -> Tensor:
+        if inputs[-1].size != 2:
+            raise ValueError("made for two")
+        return rows_answer(hooked, gather)(*inputs)
+
+    assert told(two_only) == "right on 2 ranks, and on 3 it fails: ValueError: made for two"
+    twice = rows_answer(lambda norm, axis: hooked(norm, axis) * (axis.size / 2), gather)
+    assert told(twice).startswith("right on 2 ranks, and with 3 ranks and other sizes: on rank 0 the value is not")
 
 
 def test_six_exchanges_are_not_taken_for_bytes_on_the_wire() -> None:

@@ -198,6 +198,15 @@ def test_ones_own_kind_is_cut_anywhere_if_it_is_said_to_be_elementwise(ranks: Ra
                 torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["Adafactor", "Muon"])
+def test_what_looks_at_whole_parameters_is_never_elementwise(kind: str) -> None:
+    axis = Axis("dp", 2, 0, (0, 1))
+    with pytest.raises(ConfigError, match=f"^{kind} looks at whole parameters"):
+        ShardedOptimizer(weights(kind), getattr(torch.optim, kind), axis, elementwise=True, lr=0.1)
+    with pytest.raises(ConfigError, match="^elementwise='no' must be True, False or None"):
+        ShardedOptimizer(weights(kind), getattr(torch.optim, kind), axis, elementwise="no", lr=0.1)  # type: ignore[arg-type]
+
+
 def test_shares() -> None:
     assert cut_anywhere([5, 1, 4], 3) == [[(0, 0, 4)], [(0, 4, 5), (1, 0, 1), (2, 0, 2)], [(2, 2, 4)]]
     assert cut_anywhere([1], 3) == [[(0, 0, 1)], [], []]

@@ -21,7 +21,7 @@ from ...parallel.machine import wire_bytes
 from ..exercises import Exercise, Mistake, NotAttempted
 from .chapter_04 import RANKS, by_factor, near, on_ranks
 
-TOKENS, WIDTH, INNER = 8, 3, 10
+SIZES = {RANKS: (8, 3, 10), 3: (6, 4, 9)}  # by ranks: T, D, F
 Answer = Callable[..., Any]
 Exchange = Callable[[Tensor, Axis], Tensor]
 
@@ -200,8 +200,9 @@ _WRONG: dict[str, tuple[Answer, str]] = {
     ),
 }
 _SENDS = (
-    "all is as on one device, but more is on the wire than plain tensor parallelism puts there. An all_reduce of rows "
-    "is a reduce_scatter and an all_gather, and whoever then takes its own rows throws the second half away"
+    "all is as on one device, but more is on the wire than plain tensor parallelism puts there. Gather rows once, and "
+    "add rows up by reduce_scatter: an all_reduce is that and an all_gather, and whoever then takes its own rows "
+    "throws the second half away"
 )
 _SHAPE = (
     "a backward returned a gradient of another shape than the input of its forward. The entry takes this rank's rows, "
@@ -214,32 +215,35 @@ _SHAPE = (
 _QUANTITIES = ("value", "down", "up", "x", "norm")  # the value, and the gradients in the order of backward
 
 
-def _case() -> list[Tensor]:
+def _case(ranks: int) -> list[Tensor]:
     """x, norm, up and down of one device."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((TOKENS, WIDTH), (WIDTH,), (INNER, WIDTH), (WIDTH, INNER))
+    tokens, width, inner = SIZES[ranks]
+    shapes = ((tokens, width), (width,), (inner, width), (width, inner))
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def _parts(whole: Sequence[Tensor], rank: int) -> list[Tensor]:
+def _parts(whole: Sequence[Tensor], rank: int, ranks: int) -> list[Tensor]:
     """What a rank has of x, norm, up and down, or of their gradients."""
     x, norm, up, down = whole
-    return [x.chunk(RANKS)[rank], norm, up.chunk(RANKS)[rank], down.chunk(RANKS, 1)[rank]]
+    return [x.chunk(ranks)[rank], norm, up.chunk(ranks)[rank], down.chunk(ranks, 1)[rank]]
 
 
-def _one_device(rank: int) -> list[Tensor]:
+def _one_device(rank: int, ranks: int) -> list[Tensor]:
     """A rank's part of each quantity, from one device."""
-    x, norm, up, down = leaves = [t.requires_grad_() for t in _case()]
+    x, norm, up, down = leaves = [t.requires_grad_() for t in _case(ranks)]
     y = F.silu(F.rms_norm(x, norm.shape, norm) @ up.T) @ down.T
-    gradients = _parts(torch.autograd.grad((y**2).sum(), leaves), rank)
-    return [y.detach().chunk(RANKS)[rank], *(gradients[at] for at in (3, 2, 0, 1))]
+    gradients = _parts(torch.autograd.grad((y**2).sum(), leaves), rank, ranks)
+    return [y.detach().chunk(ranks)[rank], *(gradients[at] for at in (3, 2, 0, 1))]
 
 
 def _values(answers: list[Answer], axis: Axis) -> list[tuple[list[Any], float]]:
     """For each answer its quantities, and the bytes that a ring carries for it."""
     out = []
     for answer in answers:
-        x, norm, up, down = leaves = [t.clone().requires_grad_() for t in _parts(_case(), axis.index)]
+        x, norm, up, down = leaves = [
+            t.clone().requires_grad_() for t in _parts(_case(axis.size), axis.index, axis.size)
+        ]
         with ledger.recording() as sent:
             y = answer(*leaves, axis)
             if isinstance(y, Tensor) and y.requires_grad:
@@ -257,7 +261,7 @@ def _run(answer: Answer) -> str | None:
         if "returned an invalid gradient" in str(error):
             return _SHAPE
         raise
-    want = [_one_device(rank) for rank in range(RANKS)]
+    want = [_one_device(rank, RANKS) for rank in range(RANKS)]
     for at, name in enumerate(_QUANTITIES):
         mine, true = [quantities[at] for quantities, _ in got], [quantities[at] for quantities in want]
         rank = next((rank for rank in range(RANKS) if not near(mine[rank], true[rank])), None)
@@ -266,9 +270,22 @@ def _run(answer: Answer) -> str | None:
         if name == "norm" and None not in mine and near(sum(mine), true[rank]) and not near(mine[0], mine[1]):
             return _PART
         return _known(got, at) or _told(name, rank, mine[rank], true[rank])
-    x, norm, _, _ = _case()
+    x, norm, _, _ = _case(RANKS)
     budget = sum(wire_bytes("all_reduce", size * x.element_size(), RANKS) for size in (2 * x.numel(), norm.numel()))
-    return _SENDS if any(wire > budget for _, wire in got) else None
+    return _SENDS if any(wire > budget for _, wire in got) else _with_another_size(answer)
+
+
+def _with_another_size(answer: Answer) -> str | None:
+    """Whether it is right on three ranks as well, of an answer that is right on two."""
+    try:
+        got = [rank[0][0] for rank in on_ranks(_values, [answer], ranks=3)]
+    except RankError as error:
+        return f"right on {RANKS} ranks, and on 3 it fails: {str(error).splitlines()[-1]}"
+    for rank, mine in enumerate(got):
+        for name, one, true in zip(_QUANTITIES, mine, _one_device(rank, 3), strict=True):
+            if not near(one, true):
+                return f"right on {RANKS} ranks, and with 3 ranks and other sizes: {_told(name, rank, one, true)}"
+    return None
 
 
 def _known(got: list[tuple[list[Any], float]], at: int) -> str | None:

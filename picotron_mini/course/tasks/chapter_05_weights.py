@@ -147,6 +147,8 @@ def _illegal(lists: Lists, size: Size) -> str | None:
     for stage, actions in enumerate(lists):
         if plain := [action for action in actions if not isinstance(action, Action)]:
             return _PLAIN.format(plain[0])
+        if odd := [action for action in actions if action.kind not in (*KINDS, "backward")]:
+            return _PLAIN.format(odd[0])
         halves = _in_halves(actions)
         if len(halves) != len(wanted) or set(halves) != wanted:
             return _once(stage, size)
