@@ -216,10 +216,11 @@ def _collect(
             if failures:
                 deadline = min(deadline or float("inf"), failures[0].when + 1.0)
             if deadline and time.monotonic() > deadline:
-                if not interrupted and running and all(each.order[0] > 1 for each in failures):
-                    waited = min(failures, key=lambda f: f.order) if failures else None
-                    why = f"rank {waited.rank} waited for it until its timeout" if waited else ""
-                    failures += _hung(running, folder, why or f"no end after {timeout:g} s")
+                first = min(failures, key=lambda f: f.order, default=None)
+                # who only saw a peer leave says nothing about those that still run
+                if not interrupted and running and (first is None or first.order[0] == 2):
+                    waited = f"rank {first.rank} waited for it until its timeout" if first else ""
+                    failures += _hung(running, folder, waited or f"no end after {timeout:g} s")
                 break
     finally:
         _signal_all(running, signal.SIGKILL)

@@ -282,6 +282,18 @@ def test_whoever_waited_in_vain_comes_before_whoever_saw_it_leave(ranks) -> None
     assert error.value.rank == 0
 
 
+def one_sees_a_peer_leave_while_another_runs() -> None:
+    if dist.get_rank() == 0:
+        raise RuntimeError("[a.cc:1] Connection closed by peer [127.0.0.1]:1")
+    spins()
+
+
+def test_a_rank_that_still_runs_is_not_blamed_because_another_saw_a_peer_leave(ranks) -> None:
+    with pytest.raises(RankError, match="Connection closed by peer") as error:
+        ranks(one_sees_a_peer_leave_while_another_runs, world_size=2, timeout=30)
+    assert error.value.rank == 0
+
+
 def test_an_error_of_ones_own_that_speaks_of_time_is_still_the_cause(ranks) -> None:
     with pytest.raises(RankError, match="the download timed out") as error:
         ranks(download_fails, world_size=2)
