@@ -59,10 +59,11 @@ def on_several(gpus: int) -> list[Row]:
         *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 2, 8)),
         (dp, {**four, "zero": 2, "bucket_mb": 100.0}),
         (dp, {**four, "zero": 3, "masters": "split", "loss_chunks": 2, "bucket_mb": 100.0}),
-        *((dp, {**four, "reduce_group": max(gpus // 2, 2)}) for _ in range(gpus % 2 == 0)),  # as if on two hosts
+        *((dp, {**four, **more}) for more in ({"reduce_group": max(gpus // 2, 2)},  # as if on two hosts
+                                             {"zero": 2, "zero_group": max(gpus // 2, 2)}) if gpus % 2 == 0),
         (tp, four),
         *((tp, {**four, **between, "tensor_overlap": parts}) for parts in (1, 2, 4)),
-        *((pp, {**four, "micro_batches": 8, "schedule": kind}) for kind in ("1f1b", "interleaved")),
+        *((pp, {**four, "micro_batches": 8, "schedule": kind}) for kind in ("afab", "1f1b", "interleaved")),
         *((pp, {**four, "micro_batches": 8, "schedule": kind, "compile": False}) for kind in ("zb-h1", "zb-v")),
         *((cp, {**long, "context": kind}) for kind in ("ring", "ulysses")),
         *((cp, {**long, **graph, "context": kind}) for kind in ("ring", "ulysses")),
