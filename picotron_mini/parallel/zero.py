@@ -58,6 +58,7 @@ class _Bucket:
     columns: int  # without those of the flags
     shard: Tensor  # [C + P], this rank's part of the sum
     whole: Tensor | None = None  # [N (C + P)], what this rank has to give: the tables, then the flags [N, P]
+    came: list[tuple[int, Tensor]] = field(default_factory=list)  # parameters and gradients not yet in `whole`
     added: list[bool] = field(default_factory=list)  # which parameters `whole` has a gradient of
     seen: list[bool] = field(default_factory=list)  # ... in this step, on any rank once `finish` is done
     summed: bool = False  # whether `shard` has, or gets, something of this step
@@ -121,7 +122,8 @@ class ShardedGradients:
         for each in self.buckets:
             if self.when == "last" and each.whole is None:  # stays between the steps
                 each.whole = self._room(each)
-            each.added, each.seen, each.summed = [False] * len(each.cuts), [False] * len(each.cuts), False
+            each.came, each.summed = [], False
+            each.added, each.seen = [False] * len(each.cuts), [False] * len(each.cuts)
             each.waiting = each.additions = len(each.cuts)
 
     def _room(self, into: _Bucket) -> Tensor:
@@ -132,17 +134,11 @@ class ShardedGradients:
         into, number = self._place[parameter]
         if parameter.grad is None:
             return
-        if into.whole is None:
-            into.whole = self._room(into)
-        place = into.cuts[number]
-        table = place.table(into.whole, self.axis.size)
-        if into.added[number]:
-            place.whole(table).add_(parameter.grad)
-        else:
-            torch._foreach_copy_([place.whole(table)], [parameter.grad])  # as in data.py
-            place.padding(table).zero_()
+        into.came.append((number, parameter.grad))
         parameter.grad = None
-        into.added[number] = into.seen[number] = True
+        into.seen[number] = True
+        if self.when == "last":
+            self._take_in(into)
         if self.armed or self.when == "each":
             into.waiting -= 1
             if self.when == "each" and self.armed:
@@ -151,6 +147,23 @@ class ShardedGradients:
                 return
             while self.next < len(self.buckets) and self.buckets[self.next].waiting == 0:
                 self._start(self.buckets[self.next])
+
+    def _take_in(self, into: _Bucket) -> None:
+        """Put what came into `whole`; the first gradients of all parameters in one kernel."""
+        if into.whole is None:
+            into.whole = self._room(into)
+        tables = [place.table(into.whole, self.axis.size) for place in into.cuts]
+        first, more = [], []
+        for number, grad in into.came:
+            (more if into.added[number] else first).append((into.cuts[number], tables[number], grad))
+            into.added[number] = True
+        into.came = []
+        if first:
+            torch._foreach_copy_([place.whole(table) for place, table, _ in first], [grad for *_, grad in first])
+        for place, table, _ in first:
+            place.padding(table).zero_()
+        for place, table, grad in more:
+            place.whole(table).add_(grad)
 
     def start_of(self, parameters: Iterable[nn.Parameter]) -> None:
         """Start the reduction of these parameters' buckets, with `start="told"`. In the same order on all ranks."""
@@ -163,8 +176,9 @@ class ShardedGradients:
         self.next += 1
         while any(each is other for other, *_ in self._under_way):  # of the micro-batch before, long there
             self._finish_oldest()
-        ranks = self.axis.size
-        whole = self._room(each) if each.whole is None else each.whole
+        self._take_in(each)
+        assert each.whole is not None
+        ranks, whole = self.axis.size, each.whole
         flags = whole[ranks * each.columns :]
         flags.fill_(1.0)  # no tensor made of a list: that copy would make the host wait for the GPU
         tables = [place.table(whole, ranks) for place in each.cuts]

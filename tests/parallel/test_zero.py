@@ -621,11 +621,12 @@ class Writes(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.split(".")[0]
         # gradients come in bf16, and are added up in float32
-        both = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in args[:2]]
-        if name in ("add_", "copy_", "_foreach_copy_") and [x.dtype for x in both] == [torch.float32, torch.bfloat16]:
-            # a norm that the ranks do not divide may shift the next one
-            straight = all(x.is_contiguous() and (x.ndim < 2 or x.data_ptr() % 16 == 0) for x in both)
-            self.found[name, straight] += 1
+        if name in ("add_", "copy_", "_foreach_copy_"):
+            for both in zip(*(x if isinstance(x, list) else [x] for x in args[:2]), strict=True):
+                if [x.dtype for x in both] == [torch.float32, torch.bfloat16]:
+                    # a norm that the ranks do not divide may shift the next one
+                    straight = all(x.is_contiguous() and (x.ndim < 2 or x.data_ptr() % 16 == 0) for x in both)
+                    self.found[name, straight] += 1
         return func(*args, **(kwargs or {}))
 
 
