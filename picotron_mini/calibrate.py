@@ -94,7 +94,7 @@ def on_one_rank(run: RunConfig, gpus: int) -> RunConfig:
     train = replace(run.train, batch_size=0, zero=0, zero_group=0, schedule="1f1b", virtual_stages=2, compress="none",
                     sequence_parallel=False, recompute="none", loss_chunks=1, reduce_group=0, dispatch="alltoall",
                     dispatch_parts=1, dispatch_payload="same", place_every=0, expert_replicas=0,
-                    cuda_graph=False)  # fmt: skip
+                    cuda_graph=False, symmetric_memory=False)  # fmt: skip
     return resolve(replace(run, layout="1", train=train), gpus=gpus)
 
 

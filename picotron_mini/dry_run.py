@@ -92,7 +92,7 @@ def dry_run(run: RunConfig, rank: int) -> DryRun:
         raise ConfigError(f"rank={rank} is not one of the {size} of {run.layout}; use 0 to {size - 1}")
     if dist.is_initialized():
         raise ConfigError("a dry run makes a process group of its own; run it outside of the ranks")
-    run = replace(run, train=replace(run.train, compile=False, cuda_graph=False))
+    run = replace(run, train=replace(run.train, compile=False, cuda_graph=False, symmetric_memory=False))
     hook = sys.excepthook  # torch.distributed puts one of its own there, and leaves it
     dist.init_process_group("cpu:fake,meta:fake", rank=rank, world_size=size, store=FakeStore())
     assert dist.group.WORLD is not None

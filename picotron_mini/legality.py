@@ -195,6 +195,8 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
     elif train.zero and mesh.dp == 1:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
+    if train.symmetric_memory and not train.zero:
+        found.append("symmetric_memory is how zero exchanges what it cuts, and zero=0 cuts nothing; use zero=1, 2 or 3")
     if train.masters != "whole" and train.dtype != "bfloat16":
         found.append(
             f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters: use "
@@ -260,6 +262,11 @@ def cuda_graph_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig)
         found.append(
             "cuda_graph replays at the addresses of the first time, and zero=3 makes and frees weights all the time; "
             "use zero=2 or cuda_graph=False"
+        )
+    if train.symmetric_memory:
+        found.append(
+            "cuda_graph does not go with symmetric_memory, which was never recorded: use symmetric_memory=False or "
+            "cuda_graph=False"
         )
     if model.moe is not None:
         found += recorded_problems(model.hidden_size, model.moe, mesh, train)

@@ -121,7 +121,7 @@ def sample(number: int, seed: int, max_ranks: int = MAX_RANKS, experts: bool = F
 
     Besides the technique everything is drawn that may matter to one: heads, widths, layers, vocabulary, tied or not,
     norms on queries and keys, sequence and micro-batches, masks, recompute, parts of the loss, what is frozen,
-    clipping, buckets, groups of ZeRO and of the sum of gradients.
+    clipping, buckets, groups of ZeRO and of the sum of gradients, and whether ZeRO's ranks read each other's memory.
 
     Args:
         experts: of mixtures, on any ep; how they route and are balanced is drawn as well.
@@ -180,7 +180,7 @@ def _drawn_train(draw: random.Random, mesh: MeshShape) -> dict[str, Any]:
         "document_mask": draw.random() < 0.5, "recompute": draw.choice(_values("recompute")), "freeze": frozen,
         "loss_chunks": draw.choice((1, 1, 3)), "clip_norm": draw.choice((0.0, 0.5)), "seed": draw.randrange(1000),
         "bucket_mb": draw.choice((0.001, 0.01, 25.0)), "zero_group": draw.choice((0, 0, 2)),
-        "reduce_group": draw.choice((0, 0, 2)),
+        "reduce_group": draw.choice((0, 0, 2)), "symmetric_memory": draw.choice((False, False, True)),
     }  # fmt: skip
 
 

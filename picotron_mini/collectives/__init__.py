@@ -4,6 +4,7 @@
     asynchronous.py   the same started and waited for later; send, receive, rotate
     conjugate.py      pairs with gradients: copy_to, reduce_from, gather_from, scatter_to, exchange
     operators.py      what calls torch.distributed for the first and the third, so that it can be compiled
+    symmetric.py      all_gather and reduce_scatter by reading other ranks' memory, on one host
     counting.py       the ledger: bytes by axis and operation
 
 An axis of size 1 costs nothing and counts nothing.
@@ -34,10 +35,12 @@ from .plain import (
     reduce_scatter,
     shard_size,
 )
+from .symmetric import SymmetricMemory
 
 __all__ = [
     "Done",
     "Ledger",
+    "SymmetricMemory",
     "Work",
     "all_gather",
     "all_gather_async",

@@ -82,8 +82,8 @@ def exposed(kernels: Iterable[tuple[str, float, float]], top: int = 12) -> Expos
 
 
 def is_communication(name: str) -> bool:
-    """Whether a kernel of this name is NCCL's."""
-    return "nccl" in name.lower()
+    """Whether a kernel of this name is NCCL's, or what symmetric memory has in its place: a copy, or a meeting."""
+    return any(part in name.lower() for part in ("nccl", "memcpy ptop", "symmetric_memory"))
 
 
 def merged(spans: Iterable[tuple[float, float]]) -> Spans:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from picotron_mini.collectives import SymmetricMemory
 from picotron_mini.config import UserError
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -134,11 +135,12 @@ class Smoothed:
 def memory_bytes(device: torch.device | str) -> int:
     """The most memory that this process has used so far, in bytes.
 
-    On CUDA what PyTorch's allocator handed out at its peak on that device (`max_memory_allocated`); on CPU
-    the peak resident set of the process, with the interpreter and PyTorch itself.
+    On CUDA what PyTorch's allocator handed out at its peak on that device (`max_memory_allocated`), and what ranks
+    share beside it (`SymmetricMemory`); on CPU the peak resident set of the process, with the interpreter and PyTorch
+    itself.
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + SymmetricMemory.bytes_held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 

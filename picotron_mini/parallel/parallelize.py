@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..collectives import SymmetricMemory
 from ..config import ModelConfig, RunConfig, TrainConfig
 from ..layout import Layout, Placement, Shard, split
 from ..memory.chunked_loss import chunked_loss
@@ -200,7 +201,7 @@ def parallelize(run: RunConfig, mesh: Mesh, device: torch.device) -> Parallel:
     kept: Mapping[str, Tensor] = masters
     gradients: GradientBuckets | SeveralBuckets | ShardedGradients | SeveralSharded | ShardedWeights
     if train.zero:
-        gradients = _sharded(chunks, parameters, mesh, train, layout)
+        gradients = _sharded(chunks, parameters, mesh, train, layout, device)
         owned = {name: gradients.own(parameter) for name, parameter in parameters.items()}
         for name, rows in owned.items():
             rows.copy_(masters[name])
@@ -289,7 +290,12 @@ def _buckets(parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig
 
 
 def _sharded(
-    chunks: list[GPT], parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig, layout: Layout
+    chunks: list[GPT],
+    parameters: dict[str, nn.Parameter],
+    mesh: Mesh,
+    train: TrainConfig,
+    layout: Layout,
+    device: torch.device,
 ) -> ShardedGradients | SeveralSharded | ShardedWeights:
     """Cut over dp what `zero` says."""
     cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
@@ -301,19 +307,28 @@ def _sharded(
         inside, apart = mesh.halves("edp", mesh.shape.edp_inside(train.zero_group))
         copies[inside] = [apart] if apart.size > 1 else []
         others = dict.fromkeys(_experts(parameters, mesh), inside)
+    memories = {each: SymmetricMemory(each, device) for each in copies if train.symmetric_memory and each.size > 1}
     if train.zero == 3:
         all_units = [[chunk.embed, *chunk.layers.values(), chunk.norm, head_with_loss(chunk)] for chunk in chunks]
         units = [[unit for unit in each if unit is not None] for each in all_units]
         return ShardedWeights(
             [unit for each in units for unit in each], axis, rows=rows, copies=copies, others=others,
-            chunks=[len(each) for each in units], counted=train.splits_backward,
+            chunks=[len(each) for each in units], counted=train.splits_backward, memories=memories,
         )  # fmt: skip
     start = "last" if train.zero == 1 else "each"
     size, when = train.bucket_mb * 2**20, halves(chunks) if train.zero == 2 and train.splits_backward else {}
     groups = by_axis(parameters.values(), lambda p: others.get(p, axis))
     sharded = [
         (
-            ShardedGradients(alike(group, when), over, start=start, rows=rows, bucket_bytes=size, copies=copies[over]),
+            ShardedGradients(
+                alike(group, when),
+                over,
+                start=start,
+                rows=rows,
+                bucket_bytes=size,
+                copies=copies[over],
+                memory=memories.get(over),
+            ),
             group,
         )
         for over, group in groups.items()

@@ -177,6 +177,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
                         "place_every": train.place_every if mesh.ep > 1 else 0,
                         "expert_replicas": train.expert_replicas if mesh.ep > 1 else 0,
                         "virtual_stages": 2, "sequence_parallel": between, "zero": zero, "zero_group": 0,
+                        "symmetric_memory": train.symmetric_memory and zero > 0,
                         "recompute": kind, "compress": "none" if zero else train.compress,
                         "reduce_group": train.reduce_group if not zero and divides else 0,
                     }  # fmt: skip
@@ -194,6 +195,7 @@ def settings(run: RunConfig) -> str:
     words += [f"--recompute {train.recompute}"] if train.recompute != "none" else []
     words += [f"--loss-chunks {train.loss_chunks}"] if train.loss_chunks > 1 else []
     words += [f"--zero-group {train.zero_group}"] if train.zero_group else []
+    words += ["--symmetric-memory"] if train.symmetric_memory else []
     words += ["--cuda-graph"] if train.cuda_graph else []
     words += [f"--dispatch {train.dispatch}"] if train.dispatch != "alltoall" else []
     words += [f"--dispatch-parts {train.dispatch_parts}"] if train.dispatch_parts > 1 else []
@@ -237,7 +239,8 @@ def to_dict(found: Prediction) -> dict[str, Any]:
 
 
 SETTINGS = (
-    "batch_size", "micro_batch_size", "micro_batches", "zero", "zero_group", "sequence_parallel", "schedule",
+    "batch_size", "micro_batch_size", "micro_batches", "zero", "zero_group", "symmetric_memory", "sequence_parallel",
+    "schedule",
     "recompute", "loss_chunks", "dispatch", "dispatch_parts", "dispatch_payload", "cuda_graph",
 )  # fmt: skip
 SPENT = ("computing", "host", "bubble", "tp", "cp", "ep", "dp", "gradients and weights", "update", "scalars")

@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Work, all_gather_several, all_reduce_async, reduce_scatter_several
+from ..collectives import SymmetricMemory, Work, all_gather_several, all_reduce_async, reduce_scatter_several
 from ..mesh import Axis
 from .buckets import bucket
 from .rows import Cut, cut
@@ -89,14 +89,16 @@ class ShardedGradients:
         bucket_bytes: size at which a bucket is closed.
         copies: axes of ranks that own the same rows (other groups in HSDP, context parallelism): the rows are summed
             over each of them, once a step.
+        memory: of the axis, in which the buckets lie then, so that ranks read them out of it.
     """
 
     def __init__(
         self, groups: Sequence[Sequence[nn.Parameter]], axis: Axis, *, start: str,
         rows: Mapping[nn.Parameter, int] | None = None, bucket_bytes: float = 25 * 2**20, copies: Sequence[Axis] = (),
+        memory: SymmetricMemory | None = None,
     ) -> None:  # fmt: skip
         self.axis, self.when, self.armed, self.rows = axis, start, False, rows or {}
-        self.copies = copies
+        self.copies, self.memory = copies, memory
         self.next = 0  # the bucket whose reduction is to be started next: all ranks need one order
         self.buckets: list[_Bucket] = []
         self._place: dict[nn.Parameter, tuple[_Bucket, int]] = {}
@@ -127,7 +129,8 @@ class ShardedGradients:
             each.waiting = each.additions = len(each.cuts)
 
     def _room(self, into: _Bucket) -> Tensor:
-        return into.shard.new_empty(self.axis.size * len(into.shard))
+        size = self.axis.size * len(into.shard)
+        return self.memory.empty(size, into.shard.dtype) if self.memory else into.shard.new_empty(size)
 
     def _ready(self, parameter: nn.Parameter) -> None:
         """Called by autograd when a micro-batch's gradient of one parameter is complete."""
@@ -153,7 +156,8 @@ class ShardedGradients:
         if into.whole is None:
             into.whole = self._room(into)
         tables = [place.table(into.whole, self.axis.size) for place in into.cuts]
-        first, more = [], []
+        first: list[tuple[Cut, Tensor, Tensor]] = []
+        more: list[tuple[Cut, Tensor, Tensor]] = []
         for number, grad in into.came:
             (more if into.added[number] else first).append((into.cuts[number], tables[number], grad))
             into.added[number] = True
@@ -191,14 +195,19 @@ class ShardedGradients:
         total = torch.empty_like(each.shard) if each.summed else each.shard  # the first sum needs no adding
         each.summed = True
         rows = [*(place.row(total) for place in each.cuts), total[each.columns :]]
-        work = reduce_scatter_several(rows, [*tables, flags], self.axis)
+        if self.memory:
+            work = self.memory.reduce_scatter_several(rows, [*tables, flags])
+        else:
+            work = reduce_scatter_several(rows, [*tables, flags], self.axis)
         self._under_way.append((each, whole, total, work))
         while len(self._under_way) > 1 and sum(whole.nbytes for _, whole, _, _ in self._under_way) > UNDER_WAY:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        each, _, total, work = self._under_way.popleft()
+        each, whole, total, work = self._under_way.popleft()
         work.wait()
+        if self.memory and whole is not each.whole:
+            self.memory.give_back(whole)
         if total is not each.shard:
             each.shard.add_(total)
 

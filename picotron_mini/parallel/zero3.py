@@ -48,7 +48,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Work, all_gather_several
+from ..collectives import SymmetricMemory, Work, all_gather_several
 from ..mesh import Axis
 from ..model.gpt import GPT
 from .deferred import halves
@@ -101,6 +101,7 @@ class ShardedWeights:
         rows: as `rows.cut` has it.
         copies: of each axis that parameters are cut over, as `ShardedGradients` has it.
         others: the axis of those parameters that are cut over another one.
+        memories: of each axis; the rows lie in it then, and ranks read them there, without the ranks that have them.
 
     A parameter's value is taken over from the module, unless it has no storage (see `empty`); then fill `own`.
     """
@@ -109,8 +110,11 @@ class ShardedWeights:
         self, modules: Sequence[nn.Module], axis: Axis, *, rows: Mapping[nn.Parameter, int] | None = None,
         copies: Mapping[Axis, Sequence[Axis]] | None = None, others: Mapping[nn.Parameter, Axis] | None = None,
         chunks: Sequence[int] | None = None, counted: bool = False,
+        memories: Mapping[Axis, SymmetricMemory] | None = None,
     ) -> None:  # fmt: skip
         others, copies, self.counted = others or {}, copies or {}, counted
+        self.memories = memories or {}
+        self._written = True  # whether others' rows may have changed since the last meeting
         self.begins = list(accumulate(chunks or [len(modules)], initial=0))  # the place where each chunk begins
         assert self.begins[-1] == len(modules), "every module is in a chunk"
         self._own: dict[nn.Parameter, Tensor] = {}
@@ -133,6 +137,7 @@ class ShardedWeights:
                     rows=rows,
                     copies=copies.get(over, ()),
                     bucket_bytes=math.inf,
+                    memory=self.memories.get(over),
                 ),
                 [parameter for group in each for parameter in group],
             )
@@ -157,7 +162,7 @@ class ShardedWeights:
         groups = [(axis, group) for axis, mine in by_axis(parameters, axis_of).items() for group in alike(mine)]
         for axis, group in groups:
             cuts, columns = cut(group, axis.size, rows)
-            row = group[0].new_zeros(columns).detach()
+            row = self._room(columns, group[0], axis).zero_()
             unit.buffers.append((cuts, row))
             unit.axes.append(axis)
             for each in cuts:
@@ -170,16 +175,30 @@ class ShardedWeights:
                 unit.tables[weight].untyped_storage().resize_(0)
         return unit
 
+    def _room(self, columns: int, like: Tensor, axis: Axis) -> Tensor:
+        memory = self.memories.get(axis)
+        return memory.empty(columns, like.dtype) if memory else like.new_empty(columns).detach()
+
     # --- weights come and go ------------------------------------------------------------------------------
 
     def _fetch(self, unit: _Unit) -> None:
         """Let the weights of a unit set out, unless they are here or under way."""
         if not unit.here and not unit.travelling:
+            if self._written:
+                self._meet()
+                self._written = False
             for table in unit.tables.values():
                 table.untyped_storage().resize_(table.nbytes)
             for (cuts, row), axis in zip(unit.buffers, unit.axes, strict=True):
                 tables = [unit.tables[each.parameter] for each in cuts]
-                unit.travelling.append(all_gather_several(tables, [each.row(row) for each in cuts], axis))
+                rows = [each.row(row) for each in cuts]
+                memory = self.memories.get(axis)
+                work = memory.all_gather_several(tables, rows) if memory else all_gather_several(tables, rows, axis)
+                unit.travelling.append(work)
+
+    def _meet(self) -> None:
+        for memory in self.memories.values():
+            memory.meet()
 
     def _need(self, unit: _Unit) -> None:
         """Have the weights of a unit here."""
@@ -233,15 +252,18 @@ class ShardedWeights:
             use.end()
 
     def finish(self) -> None:
-        """Wait for all reductions. Once a step, on every rank."""
+        """Wait for all reductions, and until all have read the weights that change now. Once a step, on every rank."""
         self.gradients.finish()
+        self._meet()
+        self._written = True
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's rows of the sum (after `finish`), float32 at least; None if no rank had a gradient."""
         return self.gradients.gradient(parameter)
 
     def own(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's rows of a parameter, which is what it keeps of it."""
+        """This rank's rows of a parameter, which is what it keeps of it; to be written before the first use of the
+        modules, or between `finish` and the next use."""
         return self._own[parameter]
 
     @torch.no_grad()

@@ -32,6 +32,17 @@ def test_communication_that_is_covered_is_not_exposed() -> None:
     assert (seen.communication, seen.exposed, seen.idle) == (1.0, 0.0, 0.0)
 
 
+def test_what_copy_engines_send_is_communication() -> None:
+    """A copy from another GPU and the meeting before it; a copy inside a GPU is compute."""
+    kernels = [
+        ("c10d::symmetric_memory::barrier_kernel(unsigned int**, int)", 0.0, 1.0),
+        ("Memcpy PtoP (Device -> Device)", 1.0, 3.0),
+        ("Memcpy DtoD (Device -> Device)", 3.0, 4.0),
+    ]
+    seen = exposed(kernels)
+    assert (seen.communication, seen.compute, seen.exposed) == (3.0, 1.0, 3.0)
+
+
 def test_a_profile_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="only GPUs"):
         bench(RunConfig(layout="dp=1"), profile=True)

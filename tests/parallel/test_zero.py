@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from picotron_mini import collectives
-from picotron_mini.collectives import asynchronous, ledger, operators
+from picotron_mini.collectives import SymmetricMemory, asynchronous, ledger, operators
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig, TrainConfig, from_dict
 from picotron_mini.course.instruments.kept import kept
 from picotron_mini.course.instruments.witness import Witness
@@ -257,11 +258,14 @@ def axis_of_world() -> Axis:
     return Mesh.build(MeshShape(dp=torch.distributed.get_world_size()))["dp"]
 
 
-def make(stage: int, module: Odd, axis: Axis, bucket_bytes: float = 300) -> ShardedGradients | ShardedWeights:
+def make(
+    stage: int, module: Odd, axis: Axis, bucket_bytes: float = 300, symmetric: bool = False
+) -> ShardedGradients | ShardedWeights:
+    memory = SymmetricMemory(axis, torch.device("cpu")) if symmetric else None
     if stage == 3:
-        return ShardedWeights(module.units(), axis)
+        return ShardedWeights(module.units(), axis, memories={axis: memory} if memory else {})
     when = "last" if stage == 1 else "each"
-    return ShardedGradients(alike(module.parameters()), axis, start=when, bucket_bytes=bucket_bytes)
+    return ShardedGradients(alike(module.parameters()), axis, start=when, bucket_bytes=bucket_bytes, memory=memory)
 
 
 def run_step(module: Odd, sharded: ShardedGradients | ShardedWeights, axis: Axis) -> None:
@@ -274,21 +278,22 @@ def run_step(module: Odd, sharded: ShardedGradients | ShardedWeights, axis: Axis
     sharded.finish()
 
 
-def rows_of_gradients(stage: int, steps: int) -> tuple[dict[str, Tensor | None], bool]:
+def rows_of_gradients(stage: int, steps: int, symmetric: bool) -> tuple[dict[str, Tensor | None], bool]:
     axis = axis_of_world()
     module = Odd()
-    sharded = make(stage, module, axis)
+    sharded = make(stage, module, axis, symmetric=symmetric)
     for _ in range(steps):
         run_step(module, sharded, axis)
     left = any(p.grad is not None for p in module.parameters())
     return {name: sharded.gradient(p) for name, p in module.named_parameters()}, left
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_ranks_rows_are_the_gradients_of_one_device(ranks: Ranks, stage: int, steps: int) -> None:
+def test_the_ranks_rows_are_the_gradients_of_one_device(ranks: Ranks, stage: int, steps: int, symmetric: bool) -> None:
     want = truth()
-    results = ranks(rows_of_gradients, stage, steps, world_size=WORLD)
+    results = ranks(rows_of_gradients, stage, steps, symmetric, world_size=WORLD)
     assert not any(left for _, left in results), "p.grad is not kept beside the rows"
     for name in results[0][0]:
         rows = [mine[name] for mine, _ in results]
@@ -301,11 +306,11 @@ def test_the_ranks_rows_are_the_gradients_of_one_device(ranks: Ranks, stage: int
             torch.testing.assert_close(whole, want[name], rtol=close, atol=close, msg=name)
 
 
-def trained(stage: int) -> dict[str, Tensor]:
+def trained(stage: int, symmetric: bool) -> dict[str, Tensor]:
     """In a rank: the whole weights after three steps of SGD on the rows."""
     axis = axis_of_world()
     module = Odd()
-    sharded = make(stage, module, axis)
+    sharded = make(stage, module, axis, symmetric=symmetric)
     for _ in range(3):
         run_step(module, sharded, axis)
         for parameter in module.parameters():
@@ -320,8 +325,9 @@ def trained(stage: int) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_all_ranks_have_the_updated_weights(ranks: Ranks, stage: int) -> None:
+def test_all_ranks_have_the_updated_weights(ranks: Ranks, stage: int, symmetric: bool) -> None:
     module = Odd()
     for _ in range(3):
         module.zero_grad()
@@ -330,7 +336,7 @@ def test_all_ranks_have_the_updated_weights(ranks: Ranks, stage: int) -> None:
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=LR)
-    for state in ranks(trained, stage, world_size=WORLD):
+    for state in ranks(trained, stage, symmetric, world_size=WORLD):
         for name, want in module.named_parameters():
             # the one float32 weight is rounded, and all others feel it in the next step
             torch.testing.assert_close(state[name], want.detach(), rtol=1e-6, atol=1e-6, msg=name)
@@ -353,6 +359,33 @@ def without_gradients() -> tuple[float, list[int], bool]:
 def test_validation_gathers_once(ranks: Ranks) -> None:
     for _, storages, once in ranks(without_gradients, world_size=2):
         assert set(storages) == {0} and once
+
+
+def read_and_written(late: str) -> list[float]:
+    """In a rank: a weight as it was put together before and after an update; rank 1 reads late, or writes late."""
+    axis = axis_of_world()
+    layer = nn.Linear(1, 2, bias=False)
+    layer.weight.data.fill_(1)
+    sharded = ShardedWeights([layer], axis, memories={axis: SymmetricMemory(axis, torch.device("cpu"))})
+    seen = []
+    for value in (2.0, 3.0):
+        with sharded.whole():
+            seen += layer.weight.flatten().tolist()
+            if axis.index == 1 and late == "read":
+                time.sleep(0.5)
+        with sharded.whole():
+            seen += layer.weight.flatten().tolist()
+        sharded.reset()
+        sharded.finish()
+        if axis.index == 1 and late == "write":
+            time.sleep(0.5)
+        sharded._own[layer.weight].fill_(value)
+    return seen
+
+
+@pytest.mark.parametrize("late", ["read", "write"])
+def test_in_symmetric_memory_nobody_reads_too_early_or_writes_too_soon(ranks: Ranks, late: str) -> None:
+    assert ranks(read_and_written, late, world_size=2) == [[1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]] * 2
 
 
 # --- what happens when ------------------------------------------------------------------------------------

@@ -64,6 +64,27 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "3, loss in chunks": ("dp=2", {}, {"zero": 3, "loss_chunks": 3, "recompute": "selective"}),
     "1, two groups": ("dp=4", {}, {"zero": 1, "zero_group": 2}),
     "3, two groups": ("dp=4,tp=2", {"qk_norm": True}, {"zero": 3, "zero_group": 2}),
+    "1, symmetric memory, three ranks": ("dp=3", {}, {"zero": 1, "symmetric_memory": True}),
+    "2, symmetric memory, a pipeline, small buckets": (
+        "dp=3,pp=2",
+        {},
+        {"zero": 2, "symmetric_memory": True, "bucket_mb": 0.001},
+    ),
+    "2, symmetric memory, context, empty rows": (
+        "dp=2,cp=2,tp=2",
+        FEW,
+        {"zero": 2, "symmetric_memory": True},
+    ),
+    "3, symmetric memory, four ranks, recompute": (
+        "dp=4",
+        {"qk_norm": True},
+        {"zero": 3, "symmetric_memory": True, "recompute": "full"},
+    ),
+    "3, symmetric memory, a V, two groups": (
+        "dp=4,pp=2",
+        {"num_layers": 5},
+        {"zero": 3, "schedule": "zb-v", "zero_group": 2, "symmetric_memory": True},
+    ),
     "3, only the head trained": (
         "dp=2,tp=2",
         {"tie_embeddings": False},

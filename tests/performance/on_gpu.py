@@ -57,7 +57,9 @@ def on_several(gpus: int) -> list[Row]:
         *((dp, {**four, "zero": zero}) for zero in (1, 2, 3)),
         (dp, {**four, "bucket_mb": 1e6}),  # one bucket: nothing is summed beside backward
         *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 2, 8)),
-        (dp, {**four, "zero": 2, "bucket_mb": 100.0}),
+        *((dp, {**four, "zero": zero, "symmetric_memory": True}) for zero in (1, 2, 3)),
+        *((dp, {**four, "zero": 2, "bucket_mb": 100.0, "symmetric_memory": on}) for on in (False, True)),
+        (dp, {**four, "zero": 3, "masters": "split", "loss_chunks": 2, "symmetric_memory": True}),
         (dp, {**four, "zero": 3, "masters": "split", "loss_chunks": 2, "bucket_mb": 100.0}),
         *((dp, {**four, **more}) for more in ({"reduce_group": max(gpus // 2, 2)},  # as if on two hosts
                                              {"zero": 2, "zero_group": max(gpus // 2, 2)}) if gpus % 2 == 0),

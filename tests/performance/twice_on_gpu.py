@@ -36,7 +36,8 @@ def settings(gpus: int) -> dict[str, list[Settings]]:
         f"pp={gpus}": [{"schedule": kind, "micro_batches": 2 * gpus} for kind in ("1f1b", "interleaved")]
         + [{"schedule": kind, "micro_batches": 2 * gpus, "compile": False} for kind in ("zb-h1", "zb-v")],
         f"cp={gpus}": [{"context": kind} for kind in ("ring", "ulysses")],
-        f"dp={gpus}": [{"zero": zero} for zero in (0, 1, 2, 3)],
+        f"dp={gpus}": [{"zero": zero} for zero in (0, 1, 2, 3)]
+        + [{"zero": zero, "symmetric_memory": True} for zero in (1, 2, 3)],
         f"dp={gpus},ep={gpus}": ways,
         f"tp={gpus}": [{"sequence_parallel": on} for on in (False, True)],
     }
