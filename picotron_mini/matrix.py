@@ -136,6 +136,7 @@ def sample(number: int, seed: int, max_ranks: int = MAX_RANKS, experts: bool = F
             mesh = replace(mesh, ep=draw.choice(divisors(mesh.dp * mesh.cp)))
             model, more = replace(model, moe=_drawn_experts(draw, mesh.ep)), _drawn_ways(draw, mesh.ep)
         settings = {n: draw.choice(_values(n)) for n, axis in CHOICES.items() if getattr(mesh, axis) > 1}
+        more["symmetric_memory"] = bool(settings.get("zero")) and draw.random() < 0.5
         run = legal(mesh, settings | _drawn_train(draw, mesh) | more, model)
         out += [run] if run is not None and run not in out else []
     return out
@@ -180,7 +181,7 @@ def _drawn_train(draw: random.Random, mesh: MeshShape) -> dict[str, Any]:
         "document_mask": draw.random() < 0.5, "recompute": draw.choice(_values("recompute")), "freeze": frozen,
         "loss_chunks": draw.choice((1, 1, 3)), "clip_norm": draw.choice((0.0, 0.5)), "seed": draw.randrange(1000),
         "bucket_mb": draw.choice((0.001, 0.01, 25.0)), "zero_group": draw.choice((0, 0, 2)),
-        "reduce_group": draw.choice((0, 0, 2)), "symmetric_memory": draw.choice((False, False, True)),
+        "reduce_group": draw.choice((0, 0, 2)),
     }  # fmt: skip
 
 

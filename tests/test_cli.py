@@ -78,6 +78,7 @@ EVERYTHING = RunConfig(
         compress_keep=0.5, eval_every=3, eval_batches=2, seed=5,
         dtype="float64", device="cpu", compile=True, document_mask=True, virtual_stages=3, context="ulysses",
         sequence_parallel=True, masters="none", tensor_overlap=2, recompute="full", loss_chunks=3, zero=2, zero_group=2,
+        symmetric_memory=True,
         dispatch="allgather", dispatch_parts=2, dispatch_payload="fp8", place_every=9, expert_replicas=2,
         reduce_group=4, cuda_graph=True,
     ),

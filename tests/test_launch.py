@@ -147,6 +147,7 @@ def test_output_can_be_hidden(capfd: pytest.CaptureFixture[str]) -> None:
 
 def talk_and_fail() -> None:
     print("here", dist.get_rank())
+    dist.barrier()  # else rank 1 may be gone before rank 0 has found it, and rank 0 says nothing
     if dist.get_rank() == 1:
         raise ValueError("no")
 

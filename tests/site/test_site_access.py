@@ -12,7 +12,7 @@ from reading import Reader, kinds, one
 pytestmark = pytest.mark.slow  # builds the site
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("reader", "scheme"), [("desktop", "light"), ("phone", "dark")], indirect=["reader"])
 def test_an_accessibility_checker_finds_nothing(reader: Reader, site: Path, scheme: str) -> None:
     found = []
     for name in kinds(site):
