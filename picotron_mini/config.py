@@ -197,8 +197,8 @@ class TrainConfig:
     place_every: int = 0  # steps after which experts are spread over ep anew, by their load; 0: they stay
     expert_replicas: int = 0  # experts more than E/ep that each ep rank holds: copies of the busiest, with place_every
     zero_group: int = 0  # dp ranks that share one copy of what zero cuts; 0: all of them, fewer: HSDP
-    # with zero, ranks of one host read gradients and weights out of each other's memory; on GPUs by copy engines, which
-    # take no multiprocessor from the compute
+    # ranks of one host read what zero or tensor_overlap exchanges out of each other's memory; on GPUs by copy engines,
+    # which take no multiprocessor from the compute
     symmetric_memory: bool = False
     eval_every: int = 100  # steps between validations; 0: only at the end
     eval_batches: int = 8

@@ -195,8 +195,12 @@ def training_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(f"zero={train.zero} must be 0 (off), 1, 2 or 3")
     elif train.zero and mesh.dp == 1:
         found.append(f"zero={train.zero} cuts over dp, and dp=1 has nothing to cut; use dp=2 or more, or zero=0")
-    if train.symmetric_memory and not train.zero:
-        found.append("symmetric_memory is how zero exchanges what it cuts, and zero=0 cuts nothing; use zero=1, 2 or 3")
+    tokens_travel = mesh.tp > 1 and train.sequence_parallel and train.tensor_overlap > 1
+    if train.symmetric_memory and not train.zero and not tokens_travel:
+        found.append(
+            "symmetric_memory is for what zero cuts, and for tokens that travel between tp ranks with both "
+            "sequence_parallel and tensor_overlap=2 or more; this run has neither, use symmetric_memory=False"
+        )
     if train.masters != "whole" and train.dtype != "bfloat16":
         found.append(
             f"masters={train.masters} is for dtype=bfloat16; {train.dtype} weights are their own masters: use "
@@ -263,9 +267,9 @@ def cuda_graph_problems(model: ModelConfig, mesh: MeshShape, train: TrainConfig)
             "cuda_graph replays at the addresses of the first time, and zero=3 makes and frees weights all the time; "
             "use zero=2 or cuda_graph=False"
         )
-    if train.symmetric_memory:
+    if train.symmetric_memory and train.zero:
         found.append(
-            "cuda_graph does not go with symmetric_memory, which was never recorded: use symmetric_memory=False or "
+            f"cuda_graph with symmetric_memory and zero={train.zero} was never tried; use symmetric_memory=False or "
             "cuda_graph=False"
         )
     if model.moe is not None:

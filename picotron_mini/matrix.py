@@ -136,7 +136,8 @@ def sample(number: int, seed: int, max_ranks: int = MAX_RANKS, experts: bool = F
             mesh = replace(mesh, ep=draw.choice(divisors(mesh.dp * mesh.cp)))
             model, more = replace(model, moe=_drawn_experts(draw, mesh.ep)), _drawn_ways(draw, mesh.ep)
         settings = {n: draw.choice(_values(n)) for n, axis in CHOICES.items() if getattr(mesh, axis) > 1}
-        more["symmetric_memory"] = bool(settings.get("zero")) and draw.random() < 0.5
+        exchanges = settings.get("zero") or (settings.get("sequence_parallel") and settings["tensor_overlap"] > 1)
+        more["symmetric_memory"] = bool(exchanges) and draw.random() < 0.5
         run = legal(mesh, settings | _drawn_train(draw, mesh) | more, model)
         out += [run] if run is not None and run not in out else []
     return out

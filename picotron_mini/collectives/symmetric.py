@@ -31,6 +31,7 @@ import platform
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,6 +45,7 @@ from .asynchronous import Done, Work
 from .counting import ledger
 
 ADDRESS = 256  # bytes in which a rank says where its memory is
+TIMEOUT = 600_000  # ms after which a GPU that waits in vain fails, as NCCL does
 
 
 class SymmetricMemory:
@@ -88,7 +90,7 @@ class SymmetricMemory:
         return free.pop() if free else self._make(numel, dtype)
 
     def give_back(self, buffer: Tensor) -> None:
-        """Let `empty` hand out a buffer again, to be written after what this rank has begun is done."""
+        """Let `empty` hand out a buffer again, that no rank reads any more."""
         self._free[buffer.numel(), buffer.dtype].append(buffer)
 
     def _make(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -101,8 +103,11 @@ class SymmetricMemory:
         from torch.distributed import _symmetric_memory
 
         mine = _symmetric_memory.empty(numel, dtype=dtype, device=self.device)
+        # PyTorch fills new memory with zeros, and the flags by which ranks meet with it, behind what the GPU has to do
+        # already: a rank that is ahead would set a flag here, and the late zero wipe it out
+        torch.cuda.synchronize(self.device)
         handle = _symmetric_memory.rendezvous(mine, self.axis.group)
-        self._barriers[mine.data_ptr()] = handle.barrier
+        self._barriers[mine.data_ptr()] = lambda channel: handle.barrier(channel, TIMEOUT)
         self._buffers[mine.data_ptr()] = [handle.get_buffer(r, (numel,), dtype) for r in range(self.axis.size)]
         return mine
 
@@ -140,21 +145,35 @@ class SymmetricMemory:
         else:
             dist.barrier(self.axis.group)
 
+    def all_have_read(self, buffer: Tensor) -> Work:
+        """As `meet`, to be waited for later: behind what this rank has begun to read."""
+        meet = partial(self._meet_at, buffer, 1)
+        return self._run(meet) if self.device.type == "cuda" else _Later(meet)
+
     # --- collectives --------------------------------------------------------------------------------------
 
-    def all_gather_several(self, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
-        """Start copying the ranks' x, in rank order, into `out`, for each pair. No other rank has to call it.
+    def all_gather_several(self, outs: Sequence[Tensor], xs: Sequence[Tensor], fresh: bool = False) -> Work:
+        """Start copying the ranks' x, in rank order, into `out`, for each pair.
 
         Args:
             outs: flat, [N n]; filled after `wait()`.
             xs: flat, [n], in symmetric memory; nobody writes there before all have waited and met.
+            fresh: they were written since the last meeting, so there is one first, and all ranks must call this. Else
+                no other rank has to.
         """
         for x in xs:
             ledger.record(self.axis.key, "all_gather", x)
         ranks, index = self.axis.size, self.axis.index
         order = [(index + each) % ranks for each in range(ranks)]  # not all out of one rank at once
-        return self._run(lambda: [out.view(ranks, -1)[rank].copy_(self._at(x, rank), non_blocking=True)
-                                  for rank in order for out, x in zip(outs, xs, strict=True)])  # fmt: skip
+
+        def copy() -> None:
+            if fresh:
+                self._meet_at(xs[0], 0)
+            for rank in order:
+                for out, x in zip(outs, xs, strict=True):
+                    out.view(ranks, -1)[rank].copy_(self._at(x, rank), non_blocking=True)
+
+        return self._run(copy)
 
     def reduce_scatter_several(self, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Work:
         """Start adding up this rank's part of the ranks' x into `out`, for each pair.

@@ -42,13 +42,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..collectives import Work, all_gather_async, all_reduce_async, reduce_scatter_async
+from ..collectives import SymmetricMemory, Work, all_gather_async, all_reduce_async, reduce_scatter_async
 from ..collectives.operators import operator
 from ..layout import split
 from ..mesh import Axis, axis_with_key
 
+_MEMORY: dict[str, SymmetricMemory] = {}  # by axis, of which an operator knows the key
 
-def overlap(pair: nn.Module, enter: Sequence[str], leave: str, axis: Axis, parts: int, sequence_parallel: bool) -> None:
+
+def overlap(
+    pair: nn.Module, enter: Sequence[str], leave: str, axis: Axis, parts: int, sequence_parallel: bool,
+    memory: SymmetricMemory | None = None,
+) -> None:  # fmt: skip
     """Add the exchanges to one pair of layers, in place, in `parts` parts.
 
     Args:
@@ -56,7 +61,11 @@ def overlap(pair: nn.Module, enter: Sequence[str], leave: str, axis: Axis, parts
         enter: names of the linear layers that take the pair's input, in the order in which it calls them.
         leave: name of the linear layer that makes its output.
         sequence_parallel: input and output are a rank's rows of each part of the tokens, [B, T/tp, D], not [B, T, D].
+        memory: of the axis, through which tokens are gathered and summed then, with `sequence_parallel`; for all pairs.
     """
+    _MEMORY.pop(axis.key, None)
+    if memory and sequence_parallel:
+        _MEMORY[axis.key] = memory
 
     def entry(pair: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         layers = [pair.get_submodule(name) for name in enter]
@@ -148,11 +157,22 @@ def _gather_and_multiply(x: Tensor, weights: Sequence[Tensor], key: str, parts: 
     axis, x = axis_with_key(key), x.contiguous()
     whole, *products = [x.new_empty((len(x) * axis.size, n)) for n in (x.shape[1], *map(len, weights))]
     pieces = _pieces(len(x), parts, axis.size)
-    works = [all_gather_async(whole[of_all], x[mine], axis) for mine, of_all in pieces]
+    memory = _MEMORY.get(key)
+    if memory:
+        shared = memory.empty(x.numel(), x.dtype)
+        rows = shared.view_as(x).copy_(x)
+        works = [memory.all_gather_several([whole[of_all].view(-1)], [rows[mine].view(-1)], fresh=n == 0)
+                 for n, (mine, of_all) in enumerate(pieces)]  # fmt: skip
+        read = memory.all_have_read(shared)
+    else:
+        works = [all_gather_async(whole[of_all], x[mine], axis) for mine, of_all in pieces]
     for (_, of_all), work in zip(pieces, works, strict=True):
         work.wait()
         for product, weight in zip(products, weights, strict=True):
             torch.mm(whole[of_all], weight.T, out=product[of_all])
+    if memory:
+        read.wait()
+        memory.give_back(shared)
     return [whole, *products]
 
 
@@ -165,12 +185,12 @@ def _multiply_and_sum(h: Tensor, weight: Tensor, key: str, parts: int, sequence_
     axis = axis_with_key(key)
     ranks = axis.size if sequence_parallel else 1
     out = h.new_empty((len(h) // ranks, len(weight)))
-    under_way = []
+    shares = _room(h, len(h), len(weight), axis) if sequence_parallel else out
+    works = []
     for mine, of_all in _pieces(len(out), parts, ranks):
-        y = h[of_all] @ weight.T if sequence_parallel else torch.mm(h[of_all], weight.T, out=out[mine])
-        under_way.append((_sum(out[mine], y, axis, sequence_parallel), y))  # y must live until it is sent
-    for work, _ in under_way:
-        work.wait()
+        share = torch.mm(h[of_all], weight.T, out=shares[of_all])
+        works.append(_sum(out[mine], share, axis, sequence_parallel))
+    _wait(works, shares, axis)
     return out
 
 
@@ -194,21 +214,40 @@ def _enter_backward(
     axis, out, works = axis_with_key(key), list[Tensor](), list[Work]()
     ranks = axis.size if sequence_parallel else 1
     if wanted[0]:
-        dx = dys[0] @ weights[0]  # this rank's share: [N, D]
+        dx = _room(x, len(dys[0]), x.shape[1], axis) if sequence_parallel else x.new_empty(len(dys[0]), x.shape[1])
+        torch.mm(dys[0], weights[0], out=dx)  # this rank's share: [N, D]
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
             dx.addmm_(dy, weight)
         out = [dx.new_empty((len(dx) // ranks, dx.shape[1])) if sequence_parallel else dx]
         for mine, of_all in _pieces(len(out[0]), parts if sequence_parallel else 1, ranks):
             works.append(_sum(out[0][mine], dx[of_all], axis, sequence_parallel))
     out += [_weight_gradient(dy, x) for dy, want in zip(dys, wanted[1:], strict=True) if want]
-    for work in works:
-        work.wait()
+    if wanted[0]:
+        _wait(works, dx, axis)
     return out
+
+
+def _room(like: Tensor, rows: int, columns: int, axis: Axis) -> Tensor:
+    """For a rank's shares of sums [rows, columns], where the other ranks find them."""
+    memory = _MEMORY.get(axis.key)
+    return memory.empty(rows * columns, like.dtype).view(rows, -1) if memory else like.new_empty((rows, columns))
 
 
 def _sum(out: Tensor, share: Tensor, axis: Axis, sequence_parallel: bool) -> Work:
     """Start adding up the ranks' shares [rows, D]: in place, or with sequence parallelism this rank's rows into out."""
+    memory = _MEMORY.get(axis.key)
+    if memory and sequence_parallel:
+        return memory.reduce_scatter_several([out.view(-1)], [share.view(-1)])
     return reduce_scatter_async(out, share, axis) if sequence_parallel else all_reduce_async(share, axis)
+
+
+def _wait(works: Sequence[Work], shares: Tensor, axis: Axis) -> None:
+    """... for sums, until when their shares must live."""
+    for work in works:
+        work.wait()
+    memory = _MEMORY.get(axis.key)
+    if memory:
+        memory.give_back(shares.view(-1))
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -226,10 +226,13 @@ def _cut(run: RunConfig, mesh: Mesh, device: torch.device) -> list[GPT]:
     positions = [route.position(mesh["pp"].index, chunk) for chunk in range(route.chunks)]
     with torch.device("meta"):
         chunks = [GPT(config, layers=parts[n], embed=n == 0, head=n == route.length - 1) for n in positions]
+    tp, overlap = mesh["tp"], train.tensor_overlap
+    shared = train.symmetric_memory and train.sequence_parallel and overlap > 1 and tp.size > 1
+    memory = SymmetricMemory(tp, device) if shared else None
     for chunk in chunks:
         replicas, payload = train.expert_replicas, train.dispatch_payload
         expert_parallel(chunk, mesh["ep"], train.dispatch_parts, replicas, device, payload, train.dispatch)
-        tensor_parallel(chunk, mesh["tp"], train.sequence_parallel, train.tensor_overlap)
+        tensor_parallel(chunk, tp, train.sequence_parallel, overlap, memory)
         context_parallel(chunk, mesh["cp"], train.context)
     return chunks
 

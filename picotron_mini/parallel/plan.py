@@ -163,6 +163,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
     divides = mesh.dp * mesh.cp % (train.reduce_group or 1) == 0
     sizes = [size for size in divisors(a_rank) if size & (size - 1) == 0 and size <= max(8, train.micro_batch_size)]
     schedules = ["1f1b", "interleaved", "zb-h1"] if mesh.pp > 1 else ["1f1b"]
+    shared = train.symmetric_memory
     savings = SAVINGS if mesh.dp > 1 else ((0, "none"), (0, "selective"), (0, "full"))
     for size in sizes:
         for schedule in schedules:
@@ -177,7 +178,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
                         "place_every": train.place_every if mesh.ep > 1 else 0,
                         "expert_replicas": train.expert_replicas if mesh.ep > 1 else 0,
                         "virtual_stages": 2, "sequence_parallel": between, "zero": zero, "zero_group": 0,
-                        "symmetric_memory": train.symmetric_memory and zero > 0,
+                        "symmetric_memory": shared and (zero > 0 or (between and train.tensor_overlap > 1)),
                         "recompute": kind, "compress": "none" if zero else train.compress,
                         "reduce_group": train.reduce_group if not zero and divides else 0,
                     }  # fmt: skip

@@ -56,7 +56,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import all_gather, all_reduce_max, copy_to, gather_from, reduce_from, scatter_to, shard_size
+from ..collectives import (
+    SymmetricMemory,
+    all_gather,
+    all_reduce_max,
+    copy_to,
+    gather_from,
+    reduce_from,
+    scatter_to,
+    shard_size,
+)
 from ..layout import split
 from ..mesh import Axis
 from ..model.gpt import GPT, IGNORE, at_least_float32
@@ -92,7 +101,9 @@ def is_partial(name: str, sequence_parallel: bool = False) -> bool:
     return name.split(".")[-2] in partial
 
 
-def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, parts: int = 1) -> None:
+def tensor_parallel(
+    model: GPT, axis: Axis, sequence_parallel: bool = False, parts: int = 1, memory: SymmetricMemory | None = None
+) -> None:
     """Cut the model's weights in place and add the exchanges; parameter names stay.
 
     Args:
@@ -101,6 +112,7 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, par
         sequence_parallel: hidden states between the layers are [B, T/tp, D], this rank's run of the tokens of all
             sequences; tp must divide T.
         parts: in which the layers' exchanges travel behind their products (`overlap`); 1: each is waited for.
+        memory: of the axis, through which they travel then.
     """
     if axis.size == 1:
         return
@@ -121,7 +133,7 @@ def tensor_parallel(model: GPT, axis: Axis, sequence_parallel: bool = False, par
     for block in model.layers.values():
         for pair, linears in ((block.get_submodule(name), linears) for name, linears in PAIRS.items()):
             if parts > 1 and not isinstance(pair, MoE):  # a router wants all tokens before it starts
-                overlap(pair, *linears, axis, parts, sequence_parallel)
+                overlap(pair, *linears, axis, parts, sequence_parallel, memory)
                 continue
             pair.register_forward_pre_hook(lambda _, inputs: (enter(inputs[0]), *inputs[1:]))
             pair.register_forward_hook(lambda _, inputs, output: leave(output))

@@ -82,6 +82,7 @@ def test_more_micro_batches_than_recorded_are_refused(monkeypatch: pytest.Monkey
     [
         ({"device": "cpu"}, "device=cpu is none"),
         ({"zero": 3}, "zero=3 makes and frees weights"),
+        ({"zero": 2, "symmetric_memory": True}, "symmetric_memory and zero=2 was never tried"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(train: dict[str, Any], words: str) -> None:

@@ -27,6 +27,9 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("tp=4,pp=2", {"tensor_overlap": 4, "sequence_parallel": True, "micro_batch_size": 3}),
     ("tp=2", {"tensor_overlap": 2, "sequence_parallel": True, "freeze": ("embed", "layers.0.attention_norm")}),
     ("tp=2,pp=2", {"tensor_overlap": 2, "schedule": "interleaved", "micro_batches": 4, "recompute": "full"}),
+    ("tp=4", {"tensor_overlap": 3, "sequence_parallel": True, "symmetric_memory": True}),
+    ("tp=2,cp=2", {"tensor_overlap": 2, "sequence_parallel": True, "symmetric_memory": True, "recompute": "full"}),
+    ("tp=2,dp=2", {"tensor_overlap": 2, "sequence_parallel": True, "symmetric_memory": True, "zero": 3}),
 ]
 
 
@@ -95,7 +98,13 @@ def compiled_and_not(settings: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{}, {"sequence_parallel": True}, {"sequence_parallel": True, "recompute": "full", "loss_chunks": 5}]
+    "settings",
+    [
+        {},
+        {"sequence_parallel": True},
+        {"sequence_parallel": True, "recompute": "full", "loss_chunks": 5},
+        {"sequence_parallel": True, "symmetric_memory": True},
+    ],
 )
 def test_a_compiled_layer_is_one_graph_for_all_layers(settings):
     """In one graph, or the compiler would refuse; and no second one for other layers, or it would give up at many."""

@@ -59,7 +59,8 @@ def on_several(gpus: int) -> list[Row]:
         *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts}) for parts in (1, 2, 8)),
         *((dp, {**four, "zero": zero, "symmetric_memory": True}) for zero in (1, 2, 3)),
         *((dp, {**four, "zero": 2, "bucket_mb": 100.0, "symmetric_memory": on}) for on in (False, True)),
-        (dp, {**four, "zero": 3, "masters": "split", "loss_chunks": 2, "symmetric_memory": True}),
+        *((dp, {**four, "zero": 3, "masters": "split", "loss_chunks": parts, "symmetric_memory": True})
+          for parts in (2, 8)),
         (dp, {**four, "zero": 3, "masters": "split", "loss_chunks": 2, "bucket_mb": 100.0}),
         *((dp, {**four, **more}) for more in ({"reduce_group": max(gpus // 2, 2)},  # as if on two hosts
                                              {"zero": 2, "zero_group": max(gpus // 2, 2)}) if gpus % 2 == 0),
@@ -71,6 +72,7 @@ def on_several(gpus: int) -> list[Row]:
         *((cp, {**long, **graph, "context": kind}) for kind in ("ring", "ulysses")),
         *((dp, {**four, **graph, "zero": zero}) for zero in (0, 1, 2)),
         *((tp, {**four, **graph, **between, "tensor_overlap": parts}) for parts in (1, 2, 4)),
+        *((tp, {**four, **graph, **between, "tensor_overlap": parts, "symmetric_memory": True}) for parts in (2, 4)),
         *((pp, {**four, **graph, "micro_batches": 8, "schedule": kind}) for kind in ("1f1b", "interleaved")),
         (cp, {"micro_batch_size": 1, "micro_batches": 1, "seq_len": 32768, "recompute": "full"}),
         (f"{dp},{ep}", experts),
