@@ -40,16 +40,16 @@ def last_micro_batch_only() -> None:
 
 def rows_left_over() -> None:
     """Only full parts of a table are sent: what an uneven parameter has beyond them is forgotten."""
-    real = ShardedGradients._start
+    real = ShardedGradients._take_in
 
-    def start(self: ShardedGradients, each: _Bucket) -> None:
-        if each.whole is not None:
-            for place in each.cuts:
-                full = place.parameter.numel() // place.columns * place.columns
-                place.table(each.whole, self.axis.size)[full:] = 0.0
-        real(self, each)
+    def take_in(self: ShardedGradients, into: _Bucket) -> None:
+        real(self, into)
+        assert into.whole is not None
+        for place in into.cuts:
+            full = place.parameter.numel() // place.columns * place.columns
+            place.table(into.whole, self.axis.size)[full:] = 0.0
 
-    ShardedGradients._start = start
+    ShardedGradients._take_in = take_in
 
 
 def kept_over_the_step() -> None:
