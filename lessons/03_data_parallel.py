@@ -34,11 +34,19 @@
 import inspect
 import time
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from picotron_mini.collectives import all_gather, all_reduce, ledger, reduce_scatter
+from picotron_mini.collectives import (
+    SymmetricMemory,
+    all_gather,
+    all_gather_several,
+    all_reduce,
+    ledger,
+    reduce_scatter,
+)
 from picotron_mini.config import ConfigError, MeshShape, ModelConfig, RunConfig
 from picotron_mini.course.exercises import check
 from picotron_mini.course.figures.picture import drawing, figure, picture
@@ -786,6 +794,100 @@ assert hybrid.bytes_counted["dp all_reduce"] - 8 == a_scatter // 2, "and 8 to ag
 # %% [markdown]
 # Gathers and scatters stay inside a group of two. The all_reduce is what crosses: a half of the gradient, once a step,
 # where plain data parallelism would have sent all of it. The price is memory, a half of the states and not a quarter.
+#
+# ### Messages that nobody sends
+#
+# On a GPU a collective is a kernel of NCCL's, and kernels run on multiprocessors. Those that move bytes cannot
+# multiply: while ZeRO's gradients travel, the matrix products beside them take longer. Does it take a kernel to move
+# bytes?
+#
+# Not between GPUs of one host. They can map each other's memory, and every GPU has *copy engines*, which do nothing but
+# copy. So let each rank leave its part where the others can read it, in *symmetric memory*, and copy what it needs out
+# of theirs. An all_gather is then one copy for each rank, and no other rank takes part. A reduce_scatter is a copy of
+# my part of everyone's gradient, and an addition:
+
+# %% tags=["nbval-ignore-output"]
+print(inspect.getsource(SymmetricMemory._add_up))
+
+# %% [markdown]
+# `_meet_at` is the price. A collective brings its own order: nobody receives before somebody has sent. Who reads memory
+# gets whatever is there. Here rank 1 comes late: rank 0 reads once without waiting for it, and once after `meet`. Ranks
+# on the CPU share pages of memory in the same way:
+
+
+# %%
+def read_too_early() -> tuple[float, float]:
+    dp = Mesh.build(MeshShape(dp=2))["dp"]
+    memory = SymmetricMemory(dp, torch.device("cpu"))
+    shard = memory.empty(1, torch.float32).fill_(0)
+    memory.meet()
+    whole, seen = torch.empty(2), []
+    if dp.index == 1:
+        memory.meet()  # comes late: when rank 0 has read
+    shard.fill_(7 + dp.index)
+    memory.all_gather_several([whole], [shard]).wait()
+    seen.append(float(whole[1]))
+    if dp.index == 0:
+        memory.meet()
+    memory.meet()  # both have written
+    memory.all_gather_several([whole], [shard]).wait()
+    seen.append(float(whole[1]))
+    memory.meet()
+    return seen[0], seen[1]
+
+
+early, late = launch(read_too_early, world_size=2)[0]
+print(f"rank 0 reads of rank 1: at once {early:.0f}, after both have met {late:.0f}")
+assert (early, late) == (0, 8)
+
+# %% [markdown]
+# So a gradient needs two meetings: before it is read, and before its memory is used again. Weights are more patient.
+# They change once a step, so ZeRO 3 meets once when they have changed and once before they change again, and all its
+# gathers between need nobody. `--symmetric-memory` turns it on. The bytes are those of the collectives, and so is the
+# result:
+
+# %%
+for stage in (1, 2, 3):
+    report = verify("dp=4", MODEL, replace(TRAIN, zero=stage, symmetric_memory=True))
+    assert report.ok and max(d.error for d in report.differences) < 1e-11 and not report.bytes_problems
+    print(f"ZeRO {stage}: equal to one device, in the bytes that were predicted")
+
+# %% [markdown]
+# Is it faster? Here it is no question of multiprocessors, but gloo sends through sockets, which copy more than once:
+
+
+# %%
+def times(megabytes: int = 4, rounds: int = 15) -> tuple[float, float]:
+    """Seconds of an all_gather by gloo and by reading; of many rounds in turn the median."""
+    dp = Mesh.build(MeshShape(dp=2))["dp"]
+    memory = SymmetricMemory(dp, torch.device("cpu"))
+    shard = memory.empty(megabytes * 2**18, torch.float32).fill_(dp.index)
+    whole = torch.empty(2 * len(shard))
+    memory.meet()
+    taken = {"gloo": [], "reading": []}
+    for _ in range(rounds):
+        for way, gather in (
+            ("gloo", lambda: all_gather_several([whole], [shard], dp)),
+            ("reading", lambda: memory.all_gather_several([whole], [shard])),
+        ):
+            memory.meet()
+            start = time.perf_counter()
+            gather().wait()
+            taken[way].append(time.perf_counter() - start)
+            assert whole[0] == 0 and whole[-1] == 1
+    return median(taken["gloo"]), median(taken["reading"])
+
+
+gloo, reading = launch(times, world_size=2)[0]
+
+# %% tags=["nbval-ignore-output"]
+print(f"4 MiB of each of two ranks: gloo {1e3 * gloo:.1f} ms, reading {1e3 * reading:.1f}; {gloo / reading:.1f} times")
+
+# %% [markdown]
+# On two H200s the copies are 1.4 times as fast as NCCL's gathers, and that matters least. ZeRO 2 comes from 0.94 of one
+# GPU's speed to 0.95, and ZeRO 3 (with split masters) from 0.90 to 0.93, since the products are nearly as fast as alone
+# ([chapter 07](../summary/07_3d_parallel.md#measured-performance)). Between hosts there is no memory to map: there
+# `--zero-group` cuts inside a host.
 #
 # ### The same from PyTorch: `fully_shard`
 #

@@ -1186,10 +1186,14 @@ for link_name, link in LINKS.items():
 # short: overlap does not make a slow link fast. And the table flatters many parts: each pays its latency, and a GPU
 # multiplies thin matrices less well, so the best number has to be measured (`tests/performance/tensor_overlap.py`).
 #
-# Measured, with the `bench` preset and `tp=2 --sequence-parallel`, it has not paid yet. On two H100s two parts were
-# slower than one, 30,393 tokens/s per GPU in place of 36,380. On two H200s, recorded, they were no faster, 38,541 in
-# place of 38,921: 56 ms of a step were waited for in place of 78, and all other kernels took 23 ms longer. Four parts
-# made 36,555: they should hide more, but sending took twice as long, and 72 ms were waited for.
+# Measured, with the `bench` preset and `tp=2 --sequence-parallel`, it has not paid by NCCL. On two H100s two parts were
+# slower than one, 30,393 tokens/s per GPU in place of 36,380. On two H200s, recorded, they were no faster, 38,450 in
+# place of 38,796: 55 ms of a step were waited for in place of 72, and all other kernels took 18 ms longer. On others
+# four parts made 36,555: they should hide more, but sending took twice as long.
+#
+# Why do the other kernels take longer? NCCL's kernels take their multiprocessors. Copy engines take none: with
+# `--symmetric-memory` ([chapter 03](03_data_parallel.ipynb) has how) the same two parts make 40,512, since sending
+# takes 68 ms in place of 117, and 32 are waited for. It is the first overlap here that is faster than none.
 #
 # What is left could hide behind the *other half of the batch*, at the price of two chains of work in each layer
 # (Domino, arXiv 2409.15241); this library does not.

@@ -28,6 +28,9 @@ inside of it is an operator to the compiler, like each collective, so a block is
 before, in the same bytes: 1 / parts of an exchange is exposed where all of it was, if links are no slower than the
 products. Many parts make small products, which a GPU computes less well, and pay the latency each.
 
+With sequence parallelism tokens may be read instead of sent, out of symmetric memory (collectives/symmetric.py): on a
+GPU copy engines do that, and take no multiprocessor from the products.
+
 Papers: asynchronous tensor parallelism, Wang et al. (ASPLOS 2023); the order of dx and dW is Megatron-LM's. PyTorch's
 own: `torch.distributed._symmetric_memory` with a micro-pipeline of the compiler.
 Legend: B batch, T tokens, D width, F outputs of a rank's part of a weight, N = B T, n rows between the pairs.

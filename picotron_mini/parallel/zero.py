@@ -25,6 +25,9 @@ Cost a step in payload, with P trained parameters of E elements, C >= E / N the 
 element (4 at least) and w a weight:
     reduce_scatter   N (C + P) g, in ZeRO 2 times m;      all_gather   C w, which a ring hands on N - 1 times
 
+In symmetric memory (collectives/symmetric.py) nobody sends: a bucket lies where the other ranks of the host read it. A
+bucket gets its room when its reduction starts, which all ranks do in one order; until then gradients wait as they came.
+
 Hybrid (HSDP, arXiv 2304.11277): cut inside groups of N neighbours with fast links, so that each group has a copy of
 all. Once a step the rows are summed over the groups: an all_reduce of (C + P) g bytes.
 

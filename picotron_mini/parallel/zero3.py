@@ -33,6 +33,9 @@ On each rank's wire a ring moves (N - 1) times an all_gather's payload and (N - 
 3 E elements, where plain data parallelism has 2 E. But that is once a step there, and here in every micro-batch.
 Memory: 1/N of weights, gradients, masters and optimizer state, and the weights of two units.
 
+In symmetric memory (collectives/symmetric.py) a rank copies the others' rows when it needs them, and they need not
+notice. They must not write meanwhile: all meet before the update, and before the first use behind it.
+
 Papers: ZeRO (arXiv 1910.02054), PyTorch FSDP (arXiv 2304.11277). PyTorch's own: torch.distributed.fsdp.fully_shard.
 """
 
