@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest varying over the ranks; see mesh.py
@@ -55,6 +56,7 @@ class MeshShape:
         return (zero_group or self.dp) * self.cp // self.ep
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def parse(cls, text: str) -> MeshShape:
         """Read `"dp=2,tp=2,pp=2"`; an axis that is not named has size 1, and `"1"` or `""` is one rank.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -117,6 +118,7 @@ class Placement:
 Layout = dict[str, Placement]
 
 
+@lru_cache(maxsize=1024)  # a plan of a thousand ranks asks for a few of them a million times
 def split(total: int, parts: int) -> tuple[tuple[int, int], ...]:
     """Cut `total` into `parts` ranges by the convention above."""
     step = -(-total // parts)

