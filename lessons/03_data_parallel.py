@@ -804,7 +804,7 @@ assert hybrid.bytes_counted["dp all_reduce"] - 8 == a_scatter // 2, "and 8 to ag
 # Not between GPUs of one host. They can map each other's memory, and every GPU has *copy engines*, which do nothing but
 # copy. So let each rank leave its part where the others can read it, in *symmetric memory*, and copy what it needs out
 # of theirs. An all_gather is then one copy for each rank, and no other rank takes part. A reduce_scatter is a copy of
-# my part of everyone's gradient, and an addition:
+# my part of everyone's gradient, and additions in the order of the ranks:
 
 # %% tags=["nbval-ignore-output"]
 print(inspect.getsource(SymmetricMemory._add_up))
@@ -841,10 +841,11 @@ print(f"rank 0 reads of rank 1: at once {early:.0f}, after both have met {late:.
 assert (early, late) == (0, 8)
 
 # %% [markdown]
-# So a gradient needs two meetings: before it is read, and before its memory is used again. Weights are more patient.
-# They change once a step, so ZeRO 3 meets once when they have changed and once before they change again, and all its
-# gathers between need nobody. `--symmetric-memory` turns it on. The bytes are those of the collectives, and so is the
-# result:
+# So a gradient needs two meetings: before it is read, and before its memory is used again (question 23 forgets that
+# one, and reads what belongs to the next step). On a GPU a meeting is a small kernel, which waits for flags that the
+# others set. Weights are more patient. They change once a step, so ZeRO 3 meets once when they have changed and once
+# before they change again, and all its gathers between need nobody. `--symmetric-memory` turns it on. The bytes are
+# those of the collectives, and so is the result:
 
 # %%
 for stage in (1, 2, 3):
@@ -853,7 +854,8 @@ for stage in (1, 2, 3):
     print(f"ZeRO {stage}: equal to one device, in the bytes that were predicted")
 
 # %% [markdown]
-# Is it faster? Here it is no question of multiprocessors, but gloo sends through sockets, which copy more than once:
+# Is it faster? Here it is no question of multiprocessors, but gloo sends through sockets, which copy more than once.
+# (The meetings are not in these times: think of weights, between two updates.)
 
 
 # %%
@@ -870,6 +872,7 @@ def times(megabytes: int = 4, rounds: int = 15) -> tuple[float, float]:
             ("gloo", lambda: all_gather_several([whole], [shard], dp)),
             ("reading", lambda: memory.all_gather_several([whole], [shard])),
         ):
+            whole.fill_(-1)
             memory.meet()
             start = time.perf_counter()
             gather().wait()
@@ -884,10 +887,11 @@ gloo, reading = launch(times, world_size=2)[0]
 print(f"4 MiB of each of two ranks: gloo {1e3 * gloo:.1f} ms, reading {1e3 * reading:.1f}; {gloo / reading:.1f} times")
 
 # %% [markdown]
-# On two H200s the copies are 1.4 times as fast as NCCL's gathers, and that matters least. ZeRO 2 comes from 0.94 of one
-# GPU's speed to 0.95, and ZeRO 3 (with split masters) from 0.90 to 0.93, since the products are nearly as fast as alone
-# ([chapter 07](../summary/07_3d_parallel.md#measured-performance)). Between hosts there is no memory to map: there
-# `--zero-group` cuts inside a host.
+# On two H200s a gather by copies takes 0.72 of NCCL's time, and a reduction 0.82. Products beside them are held up as
+# much for each ms, but for fewer. ZeRO 2 (with `--bucket-mb 100`) comes from 0.94 of one GPU's speed to 0.95, and ZeRO
+# 3 with split masters from 0.90 to 0.93 ([chapter 07](../summary/07_3d_parallel.md#measured-performance), with the
+# story of a run that hung). ZeRO 1 and 2 still gather their weights by NCCL. Between hosts there is no memory to map:
+# there `--zero-group` cuts inside a host.
 #
 # ### The same from PyTorch: `fully_shard`
 #

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from picotron_mini.collectives import SymmetricMemory, ledger, symmetric
 from picotron_mini.config import ConfigError, MeshShape, RunConfig, TrainConfig
+from picotron_mini.launch import RankError
 from picotron_mini.legality import resolve
 from picotron_mini.mesh import Axis, Mesh
 
@@ -138,36 +141,54 @@ def shared_files() -> set[str]:
     return {str(path) for folder in folders if folder.is_dir() for path in folder.glob("picotron_mini-*")}
 
 
-def named() -> tuple[int, int]:
+def held(named: bool) -> tuple[set[str], int]:
     """In a rank: names that this memory has while it is used, and bytes that it takes."""
-    before = SymmetricMemory.bytes_held
+    if named:
+        del os.memfd_create
+    before, names = SymmetricMemory.bytes_held, shared_files()
     memory = SymmetricMemory(axis_of_world(), CPU)
-    memory.empty(1000, torch.float64).zero_()
+    memory.empty(1000, torch.float64).fill_(1)
     memory.meet()
-    mine = [name for name in os.listdir("/dev/shm") if name.startswith("picotron_mini-")] if LINUX else []
-    memory.meet()
-    return len(mine), SymmetricMemory.bytes_held - before
+    return shared_files() - names, SymmetricMemory.bytes_held - before
 
 
-LINUX = Path("/dev/shm").is_dir()
+@pytest.mark.parametrize("named", [False, True])
+def test_memory_in_use_has_no_name_that_could_be_left_behind(ranks: Ranks, named: bool) -> None:
+    assert named or hasattr(os, "memfd_create") or sys.platform != "linux"
+    assert ranks(held, named or not hasattr(os, "memfd_create"), world_size=2) == [(set(), 8000)] * 2
 
 
-def test_nothing_has_a_name_that_could_be_left_behind(ranks: Ranks) -> None:
+def killed_at_once() -> None:
+    memory = SymmetricMemory(axis_of_world(), CPU)
+    memory._exchange = lambda text: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign, return-value]
+    memory.empty(1000, torch.float64)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no files without a name")
+def test_a_rank_that_is_killed_while_it_makes_memory_leaves_nothing(ranks: Ranks) -> None:
     before = shared_files()
-    assert ranks(named, world_size=2) == [(0, 8000)] * 2
+    with pytest.raises(RankError, match="SIGKILL"):
+        ranks(killed_at_once, world_size=2)
     assert shared_files() <= before
+
+
+def of_two_sizes() -> None:
+    axis = axis_of_world()
+    SymmetricMemory(axis, CPU).empty(100 + axis.index, torch.float32)
+
+
+def test_buffers_of_different_sizes_are_refused(ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="a buffer is of 40[04] bytes on one rank of dp and of 40[04] on another"):
+        ranks(of_two_sizes, world_size=2)
 
 
 def too_much() -> None:
     SymmetricMemory(axis_of_world(), CPU).empty(2**55, torch.float64)
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room for files")
-def test_no_room_is_an_error_and_not_a_signal(ranks: Ranks) -> None:
-    before = shared_files()
+def test_no_room_is_an_error(ranks: Ranks) -> None:
     with pytest.raises(ConfigError, match="found no room for 288,230,376,151,711,744 bytes"):
         ranks(too_much, world_size=2)
-    assert shared_files() <= before
 
 
 def on_two_hosts() -> None:
@@ -179,6 +200,29 @@ def on_two_hosts() -> None:
 def test_ranks_of_several_hosts_are_refused(ranks: Ranks) -> None:
     with pytest.raises(ConfigError, match="the 2 ranks that share on one host, and those of dp are on 2"):
         ranks(on_two_hosts, world_size=2)
+
+
+def in_two_containers(what: str) -> None:
+    """In a rank: one kernel, but what rank 0 says is not there for rank 1, or is another file."""
+    axis = axis_of_world()
+    memory = SymmetricMemory(axis, CPU)
+    exchange = memory._exchange
+
+    def other(text: str) -> list[str]:
+        said = exchange(text)
+        if axis.index == 1:
+            path, number, size = said[0].split()
+            said[0] = f"/nowhere/at/all {number} {size}" if what == "missing" else f"{path} {int(number) + 1} {size}"
+        return said
+
+    memory._exchange = other  # type: ignore[method-assign]
+    memory.empty(10, torch.float32)
+
+
+@pytest.mark.parametrize("what", ["missing", "another"])
+def test_ranks_that_cannot_open_each_others_memory_are_refused(ranks: Ranks, what: str) -> None:
+    with pytest.raises(ConfigError, match="cannot .do they run in containers"):
+        ranks(in_two_containers, what, world_size=2)
 
 
 def test_only_some_exchanges_go_through_it() -> None:

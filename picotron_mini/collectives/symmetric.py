@@ -2,7 +2,7 @@
 
 A collective of NCCL is a kernel. While it runs it takes multiprocessors from the matrix products beside it, and they
 take longer. But ranks of one host can map each other's memory, and then each copies what it needs out of it. On a GPU
-its copy engines do that, over NVLink, and the multiprocessors go on with their products:
+its copy engines do that, over NVLink, and take no multiprocessor (only memory bandwidth):
 
     all_gather        x of rank 0    x of rank 1    x of rank 2
                           |              |              |          copied side by side
@@ -17,7 +17,8 @@ of the others. What a collective brought along must now be said: a reader must k
 writer that they have read. `meet` says both. Gradients need it twice a message. Weights change once a step: all that
 is gathered between two updates needs it twice together.
 
-Ranks on the CPU share pages in the same way. There the core that needs the bytes copies them, at once.
+Ranks on the CPU share pages in the same way. There the core that needs the bytes copies them, at once. On a GPU to meet
+is a kernel, too: one that sets a flag at every rank and waits for theirs.
 
 PyTorch's own, underneath here on GPUs: torch.distributed._symmetric_memory (alpha). NCCL has collectives by copy
 engines since 2.28.
@@ -26,11 +27,12 @@ engines since 2.28.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import platform
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -44,7 +46,7 @@ from ..mesh import Axis
 from .asynchronous import Done, Work
 from .counting import ledger
 
-ADDRESS = 256  # bytes in which a rank says where its memory is
+ADDRESS = 1024  # bytes in which a rank says where its memory is
 TIMEOUT = 600_000  # ms after which a GPU that waits in vain fails, as NCCL does
 
 
@@ -62,7 +64,7 @@ class SymmetricMemory:
     of the axis must make the same calls in the same order, but `all_gather_several`.
 
     Raises:
-        ConfigError: the ranks of the axis are on several hosts, or there is no room for what they share.
+        ConfigError: the ranks of the axis are on several hosts or cannot open each other's memory, or there is no room.
     """
 
     bytes_held: ClassVar[int] = 0  # in this process; PyTorch's allocator does not know of them
@@ -85,7 +87,10 @@ class SymmetricMemory:
     # --- memory -------------------------------------------------------------------------------------------
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer that the other ranks can read, [numel], not filled; one that was given back, if there is one."""
+        """A buffer that the other ranks can read, [numel], not filled; one that was given back, if there is one.
+
+        It stays until the process ends: take few sizes.
+        """
         free = self._free[numel, dtype]
         return free.pop() if free else self._make(numel, dtype)
 
@@ -112,21 +117,34 @@ class SymmetricMemory:
         return mine
 
     def _on_cpu(self, numel: int, dtype: torch.dtype) -> Tensor:
-        folder = Path("/dev/shm")  # memory, where there is such a folder; else pages of a file
-        handle, path = tempfile.mkstemp(prefix="picotron_mini-", dir=folder if folder.is_dir() else None)
-        try:
-            try:
-                _reserve(handle, numel * dtype.itemsize)
-            finally:
-                os.close(handle)
-            paths = self._exchange(path)
-            buffers = [torch.from_file(each, shared=True, size=numel, dtype=dtype) for each in paths]
-            self.meet()  # all have it: the name may go, and nothing is left behind
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        size = numel * dtype.itemsize
+        with _shared_file(size) as (mine, path):
+            said = self._exchange(f"{path} {os.fstat(mine).st_ino} {size}")
+            buffers = [torch.frombuffer(self._opened(each, size), dtype=dtype) for each in said]
+            self.meet()  # all have it
         self._buffers[buffers[self.axis.index].data_ptr()] = buffers
         return buffers[self.axis.index]
+
+    def _opened(self, said: str, size: int) -> mmap.mmap:
+        """The memory that a rank has made, here."""
+        path, number, its_size = said.rsplit(" ", 2)
+        if int(its_size) != size:
+            raise ValueError(
+                f"a buffer is of {its_size} bytes on one rank of {self.axis.name} and of {size} on another"
+            )
+        handle = -1
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR)  # never creates one: then each rank would read its own
+        try:
+            if handle < 0 or os.fstat(handle).st_ino != int(number):
+                raise ConfigError(
+                    f"symmetric_memory needs ranks that can open each other's memory, and those of {self.axis.name} "
+                    "cannot (do they run in containers of their own?); use symmetric_memory=False"
+                )
+            return mmap.mmap(handle, size)
+        finally:
+            if handle >= 0:
+                os.close(handle)
 
     def _exchange(self, text: str) -> list[str]:
         """What every rank of the axis says."""
@@ -189,18 +207,23 @@ class SymmetricMemory:
         return _Later(lambda: self._add_up(outs, xs))
 
     def _add_up(self, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
-        index = self.axis.index
-        others = [rank for rank in range(self.axis.size) if rank != index]
+        index, ranks = self.axis.index, range(self.axis.size)
+        first = 0 if index else 1  # a copy from another rank; for two ranks there is nothing else to copy
+        parts = [torch.empty_like(out) for out in outs] if len(ranks) > 2 else []
         self._meet_at(xs[0], 0)
-        parts = {index: [x.view(self.axis.size, -1)[index] for x in xs]}
-        for number, rank in enumerate(others):  # the first right to where the sum is wanted
-            parts[rank] = list(outs) if number == 0 else [torch.empty_like(out) for out in outs]
-            for part, x in zip(parts[rank], xs, strict=True):
-                part.copy_(self._at(x, rank).view(self.axis.size, -1)[index], non_blocking=True)
+        self._copy_part(outs, xs, first)
+        for rank in [rank for rank in ranks if rank != first]:  # in this order on every rank: x0 + x1 is x1 + x0
+            if rank == index:
+                torch._foreach_add_(list(outs), [x.view(len(ranks), -1)[index] for x in xs])
+            else:
+                self._copy_part(parts, xs, rank)
+                torch._foreach_add_(list(outs), parts)
         self._meet_at(xs[0], 1)
-        for rank in sorted(parts):  # the sum is the same whoever adds it up
-            if parts[rank] is not parts[others[0]]:
-                torch._foreach_add_(list(outs), parts[rank])
+
+    def _copy_part(self, outs: Sequence[Tensor], xs: Sequence[Tensor], rank: int) -> None:
+        """This rank's part of what another one has."""
+        for out, x in zip(outs, xs, strict=True):
+            out.copy_(self._at(x, rank).view(self.axis.size, -1)[self.axis.index], non_blocking=True)
 
     def _at(self, x: Tensor, rank: int) -> Tensor:
         """What lies on another rank where x lies here."""
@@ -245,17 +268,30 @@ class _Later:
         self.do()
 
 
-def _reserve(handle: int, size: int) -> None:
-    """Room for so many bytes in a file: else writing to a full /dev/shm would end the process by a signal."""
+@contextlib.contextmanager
+def _shared_file(size: int) -> Iterator[tuple[int, str]]:
+    """A file in memory, and a path by which other processes open it while the block runs.
+
+    On Linux it has no name, so whatever ends this process leaves nothing behind.
+    """
+    named = not hasattr(os, "memfd_create")
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)
+        if named:
+            handle, path = tempfile.mkstemp(prefix="picotron_mini-")
         else:
-            os.ftruncate(handle, size)
+            handle = os.memfd_create("picotron_mini")
+            path = f"/proc/{os.getpid()}/fd/{handle}"
+        try:
+            os.ftruncate(handle, size)  # pages come with the first write, as with any memory
+            yield handle, path
+        finally:
+            os.close(handle)
+            if named:
+                os.unlink(path)
     except OSError as error:
         raise ConfigError(
-            f"symmetric_memory found no room for {size:,} bytes that ranks share ({error.strerror}, in /dev/shm or the "
-            "folder of temporary files): make room there, or use symmetric_memory=False"
+            f"symmetric_memory found no room for {size:,} bytes that ranks share ({error.strerror}): make room, or use "
+            "symmetric_memory=False"
         ) from None
 
 

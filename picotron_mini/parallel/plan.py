@@ -82,7 +82,7 @@ def plan(run: RunConfig, ranks: int, machine: Machine, skew: Callable[[int], flo
     fitting: list[Prediction] = []
     smallest: Prediction | None = None
     for mesh in _worth(ranks, machine):
-        for family in (each for spread in spreads(mesh, run.model) for each in _families(run, spread)):
+        for family in (each for spread in spreads(mesh, run.model) for each in _families(run, spread, machine)):
             fits = 0
             for candidate in family:
                 try:
@@ -121,7 +121,7 @@ def _any_legal(run: RunConfig, ranks: int, machine: Machine) -> bool:
     """Whether `plan` would find something to predict."""
     run = _with_batch(run, ranks)
     for mesh in _worth(ranks, machine):
-        for plainest, *_ in _families(run, mesh):
+        for plainest, *_ in _families(run, mesh, machine):
             if plainest.train.micro_batches >= mesh.pp:
                 try:
                     resolve(plainest, gpus=ranks)
@@ -154,7 +154,7 @@ def _with_batch(run: RunConfig, ranks: int) -> RunConfig:
     return replace(run, train=replace(train, batch_size=batch))
 
 
-def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
+def _families(run: RunConfig, mesh: MeshShape, machine: Machine) -> Iterator[list[RunConfig]]:
     """Settings of one mesh, in lists that save more and more memory: the first that fits is the fastest of its list."""
     train = run.train
     if train.batch_size % mesh.dp:
@@ -163,7 +163,7 @@ def _families(run: RunConfig, mesh: MeshShape) -> Iterator[list[RunConfig]]:
     divides = mesh.dp * mesh.cp % (train.reduce_group or 1) == 0
     sizes = [size for size in divisors(a_rank) if size & (size - 1) == 0 and size <= max(8, train.micro_batch_size)]
     schedules = ["1f1b", "interleaved", "zb-h1"] if mesh.pp > 1 else ["1f1b"]
-    shared = train.symmetric_memory
+    shared = train.symmetric_memory and not crosses_hosts(mesh, "dp", machine)
     savings = SAVINGS if mesh.dp > 1 else ((0, "none"), (0, "selective"), (0, "full"))
     for size in sizes:
         for schedule in schedules:

@@ -361,6 +361,17 @@ def test_a_thousand_ranks_are_planned() -> None:
     assert result.considered > 500 and result.ranked
 
 
+def test_memory_is_read_inside_hosts_only() -> None:
+    """What is planned with symmetric memory must run: its ranks are on one host."""
+    run = RunConfig(model=MODEL, train=replace(TRAIN, symmetric_memory=True, batch_size=8))
+    one_host = plan(run, 4, replace(H100, ranks_per_host=4)).ranked
+    assert {found.run.train.symmetric_memory for found in one_host if found.run.train.zero} == {True}
+    two_hosts = plan(run, 4, replace(H100, ranks_per_host=2)).ranked
+    assert all(found.run.mesh.dp * found.run.mesh.cp * found.run.mesh.tp <= 2
+               for found in two_hosts if found.run.train.symmetric_memory)  # fmt: skip
+    assert any(found.run.train.zero and not found.run.train.symmetric_memory for found in two_hosts)
+
+
 def test_says_why_nothing_is_legal() -> None:
     with pytest.raises(ConfigError, match=r"--ranks 6 or 8 would. With dp=7: batch_size=8 does not split over dp=7"):
         plan(RunConfig(model=MODEL, train=TRAIN), 7, H100)
