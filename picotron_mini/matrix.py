@@ -121,7 +121,7 @@ def sample(number: int, seed: int, max_ranks: int = MAX_RANKS, experts: bool = F
 
     Besides the technique everything is drawn that may matter to one: heads, widths, layers, vocabulary, tied or not,
     norms on queries and keys, sequence and micro-batches, masks, recompute, parts of the loss, what is frozen,
-    clipping, buckets, groups of ZeRO and of the sum of gradients, and whether ZeRO's ranks read each other's memory.
+    clipping, buckets, groups of ZeRO and of the sum of gradients, and whether ranks read each other's memory.
 
     Args:
         experts: of mixtures, on any ep; how they route and are balanced is drawn as well.

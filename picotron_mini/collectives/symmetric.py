@@ -165,8 +165,7 @@ class SymmetricMemory:
 
     def all_have_read(self, buffer: Tensor) -> Work:
         """As `meet`, to be waited for later: behind what this rank has begun to read."""
-        meet = partial(self._meet_at, buffer, 1)
-        return self._run(meet) if self.device.type == "cuda" else _Later(meet)
+        return self._later(partial(self._meet_at, buffer, 1))
 
     # --- collectives --------------------------------------------------------------------------------------
 
@@ -202,13 +201,11 @@ class SymmetricMemory:
         """
         for x in xs:
             ledger.record(self.axis.key, "reduce_scatter", x)
-        if self.device.type == "cuda":
-            return self._run(lambda: self._add_up(outs, xs))
-        return _Later(lambda: self._add_up(outs, xs))
+        return self._later(partial(self._add_up, outs, xs))
 
     def _add_up(self, outs: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
         index, ranks = self.axis.index, range(self.axis.size)
-        first = 0 if index else 1  # a copy from another rank; for two ranks there is nothing else to copy
+        first = 0 if index else 1  # of the other ranks; between two there is nothing else to copy
         parts = [torch.empty_like(out) for out in outs] if len(ranks) > 2 else []
         self._meet_at(xs[0], 0)
         self._copy_part(outs, xs, first)
@@ -246,6 +243,10 @@ class SymmetricMemory:
         with torch.cuda.stream(self._stream):
             copy()
             return _Copied(self._stream.record_event())
+
+    def _later(self, do: Callable[[], object]) -> Work:
+        """For what has to meet others: as `_run`, but on a CPU when it is waited for, and not at once."""
+        return self._run(do) if self.device.type == "cuda" else _Later(do)
 
 
 class _Copied:

@@ -293,13 +293,9 @@ def _buckets(parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig
 
 
 def _sharded(
-    chunks: list[GPT],
-    parameters: dict[str, nn.Parameter],
-    mesh: Mesh,
-    train: TrainConfig,
-    layout: Layout,
+    chunks: list[GPT], parameters: dict[str, nn.Parameter], mesh: Mesh, train: TrainConfig, layout: Layout,
     device: torch.device,
-) -> ShardedGradients | SeveralSharded | ShardedWeights:
+) -> ShardedGradients | SeveralSharded | ShardedWeights:  # fmt: skip
     """Cut over dp what `zero` says."""
     cuts = {p: layout[name].shards[-1:] for name, p in parameters.items()}
     rows = {p: last.ranges[0][1] for p, each in cuts.items() for last in each if last.axis in ("dp", "edp")}
@@ -322,20 +318,10 @@ def _sharded(
     size, when = train.bucket_mb * 2**20, halves(chunks) if train.zero == 2 and train.splits_backward else {}
     groups = by_axis(parameters.values(), lambda p: others.get(p, axis))
     sharded = [
-        (
-            ShardedGradients(
-                alike(group, when),
-                over,
-                start=start,
-                rows=rows,
-                bucket_bytes=size,
-                copies=copies[over],
-                memory=memories.get(over),
-            ),
-            group,
-        )
+        (ShardedGradients(alike(group, when), over, start=start, rows=rows, bucket_bytes=size, copies=copies[over],
+                          memory=memories.get(over)), group)
         for over, group in groups.items()
-    ]
+    ]  # fmt: skip
     return SeveralSharded(sharded) if others else sharded[0][0]
 
 
